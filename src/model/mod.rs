@@ -1,0 +1,5 @@
+//! The network as data: architecture, manifest, weights.
+//!
+//! A leaf: imports no stage.
+
+pub mod manifest;

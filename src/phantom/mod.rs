@@ -1,0 +1,1 @@
+//! phantom (to be written)
