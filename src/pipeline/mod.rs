@@ -1,1 +1,332 @@
-//! pipeline (to be written)
+//! The pipeline: every stage, the channels between them, the threads and pools, and their end.
+//!
+//! Input: a [`Config`] and a model. Output: a running [`Daemon`]. Invariants: every channel is bounded; threads end
+//! because their channels close, in the order of the data; a stage that panics ends one series and nothing else.
+//!
+//! This module alone knows every stage.
+
+pub mod assembler;
+pub mod folder;
+pub mod ingest;
+pub mod jobs;
+pub mod offline;
+pub mod planes;
+pub mod publish;
+pub mod series;
+pub mod workers;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::config::Config;
+use crate::dicom::scp::{ScpError, ScpServer};
+use crate::engine::{Backend, EngineError, EngineOptions, prepare};
+use crate::model::{Model, ModelError};
+use crate::report::calibration::CalibrationError;
+use crate::report::outbox::Outbox;
+use crate::store::{Store, StoreError};
+use crate::telemetry::{HasherError, MetricsError, MetricsHandle, StudyHasher, events};
+use crate::web::{WebError, WebServer};
+
+use assembler::{Assembler, AssemblerChannels, AssemblerOptions};
+use folder::FolderWatcher;
+use ingest::{Entrance, JournalOptions, Journals, StoreFactory, ToAssembler};
+use planes::PlanePool;
+use publish::{Publisher, ResultNotice};
+use workers::Judge;
+
+/// Messages from ingest to the assembler. 4096 handles of about 200 bytes are under 1 MB; the assembler empties it at
+/// some 100,000 a second, so a sender meets it full only if the assembler is gone.
+const ARRIVALS: usize = 4096;
+/// Decode jobs handed out; the rest wait in the assembler's backlog.
+const DECODE_QUEUE: usize = 64;
+/// Slices between decoding and in-plane resampling.
+const RESAMPLE_QUEUE: usize = 64;
+/// Answers to the assembler: above `DECODE_QUEUE + RESAMPLE_QUEUE` and the workers' hands, so workers rarely wait.
+const DECODED_QUEUE: usize = 512;
+/// Inference jobs waiting.
+const INFER_QUEUE: usize = 8;
+/// Outcomes waiting for the store.
+const PUBLISH_QUEUE: usize = 16;
+/// Publications on their way back to the assembler.
+const PUBLISHED_QUEUE: usize = 64;
+
+/// Why the daemon does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A folder or thread could not be made.
+    #[error("{what}: {source}")]
+    Io {
+        /// The step.
+        what: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The model cannot be loaded.
+    #[error("load the model: {0}")]
+    Model(#[from] ModelError),
+    /// The model's calibration cannot be read.
+    #[error("read the model's calibration: {0}")]
+    Calibration(#[from] CalibrationError),
+    /// No backend can run the model.
+    #[error("prepare the backend: {0}")]
+    Engine(#[from] EngineError),
+    /// The store cannot be opened.
+    #[error("open the store: {0}")]
+    Store(#[from] StoreError),
+    /// The key of the study hashes cannot be read or made.
+    #[error("load the hash key: {0}")]
+    Hasher(#[from] HasherError),
+    /// The metrics recorder is taken.
+    #[error("install the metrics recorder: {0}")]
+    Metrics(#[from] MetricsError),
+    /// The DICOM server cannot start.
+    #[error("start the DICOM server: {0}")]
+    Scp(#[from] ScpError),
+    /// The web server cannot start.
+    #[error("start the web server: {0}")]
+    Web(#[from] WebError),
+    /// A webhook is not usable.
+    #[error("set up the sinks: {0}")]
+    Sink(String),
+    /// The folder cannot be watched.
+    #[error("watch the folder: {0}")]
+    Folder(#[from] notify::Error),
+}
+
+fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
+    move |source| StartError::Io { what, source }
+}
+
+/// The daemon, running.
+pub struct Daemon {
+    scp: Option<ScpServer>,
+    folder: Option<FolderWatcher>,
+    entrance: Option<Entrance>,
+    journals: Option<Journals>,
+    arrivals: Sender<ToAssembler>,
+    threads: Vec<JoinHandle<()>>,
+    outbox: Option<Outbox>,
+    web: Option<WebServer>,
+    dicom_addr: SocketAddr,
+    web_addr: SocketAddr,
+    data_dir: PathBuf,
+    backend: &'static str,
+}
+
+impl Daemon {
+    /// Loads the model named by `config` and starts everything. `observer` hears of every publication.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing keeps running then.
+    pub fn start(config: &Config, observer: Option<Sender<ResultNotice>>) -> Result<Self, StartError> {
+        let model = match &config.model.path {
+            Some(path) => Model::load(path)?,
+            None => Model::embedded()?,
+        };
+        Self::start_with(config, &model, observer)
+    }
+
+    /// As [`Daemon::start`], with a model at hand.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn start_with(
+        config: &Config,
+        model: &Model,
+        observer: Option<Sender<ResultNotice>>,
+    ) -> Result<Self, StartError> {
+        let metrics = MetricsHandle::install()?;
+        let data_dir = config.data_dir.clone();
+        let series_dir = data_dir.join("series");
+        let results_dir = data_dir.join("results");
+        for folder in [&data_dir, &series_dir, &results_dir] {
+            std::fs::create_dir_all(folder).map_err(io("make the data folder"))?;
+        }
+        let hasher = StudyHasher::load_or_create(&data_dir.join("hash.key"))?;
+        let store = Store::open(&data_dir.join("darnet.sqlite"))?;
+        let options = EngineOptions { threads: config.model.threads, ..EngineOptions::default() };
+        let backend = prepare(config.model.backend, model, &options)?;
+        let backend_name = backend.name();
+
+        let (arrivals_tx, arrivals) = bounded(ARRIVALS);
+        let (decode_tx, decode) = bounded(DECODE_QUEUE);
+        let (resample_tx, resample) = bounded(RESAMPLE_QUEUE);
+        let (decoded_tx, decoded) = bounded(DECODED_QUEUE);
+        let (infer_tx, infer) = bounded(INFER_QUEUE);
+        let (inferred_tx, inferred) = bounded(INFER_QUEUE);
+        let (publish_tx, publish) = bounded(PUBLISH_QUEUE);
+        let (published_tx, published) = bounded(PUBLISHED_QUEUE);
+
+        let mut threads = Vec::new();
+        let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| -> Result<(), StartError> {
+            threads.push(std::thread::Builder::new().name(name).spawn(body).map_err(io("start a thread"))?);
+            Ok(())
+        };
+
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let or_cores = |n: usize| if n == 0 { cores } else { n };
+        let architecture = &model.manifest.architecture;
+        let [_, height, width] = architecture.input_dhw;
+        let pool = PlanePool::new(config.assembly.plane_cache_slices, height * width);
+        for n in 0..or_cores(config.assembly.decode_threads) {
+            let (jobs, next, back) = (decode.clone(), resample_tx.clone(), decoded_tx.clone());
+            spawn(format!("decode-{n}"), Box::new(move || workers::decode_worker(&jobs, &next, &back)))?;
+        }
+        drop((decode, resample_tx));
+        let judge = judge(model, backend.as_ref())?;
+        let window = judge.window();
+        for n in 0..or_cores(config.assembly.resample_threads) {
+            let (jobs, back, pool, window) = (resample.clone(), decoded_tx.clone(), pool.clone(), window.clone());
+            spawn(format!("resample-{n}"), Box::new(move || workers::resample_worker(&jobs, &back, &pool, &window)))?;
+        }
+        drop((resample, decoded_tx));
+        spawn("infer".to_owned(), Box::new(move || workers::infer_worker(&infer, &inferred_tx, judge)))?;
+
+        let journal_options = JournalOptions {
+            series_dir: series_dir.clone(),
+            threads: config.assembly.journal_threads,
+            durability: config.assembly.durability,
+            max_records_per_series: config.assembly.max_objects_per_series,
+            max_total_bytes: config.assembly.max_journal_bytes,
+        };
+        let (journals, journal_threads) =
+            Journals::start(&journal_options, &hasher, &arrivals_tx).map_err(io("start the journal threads"))?;
+
+        let publishing = publish::Setup::new(config, model, backend_name, &store, &results_dir, observer)?;
+        let (outbox, publisher, renderer) = publishing.start(journals.clone())?;
+        spawn("publish".to_owned(), Box::new(move || Publisher::run(publisher, &publish, &published_tx)))?;
+        spawn("render".to_owned(), Box::new(move || renderer.run()))?;
+
+        let assembler = Assembler::new(
+            AssemblerOptions {
+                series_dir: series_dir.clone(),
+                completion: config.assembly.completion(),
+                limits: config.geometry.clone(),
+                max_slots: u32::try_from(config.assembly.max_objects_per_series).unwrap_or(u32::MAX),
+                max_open_series: config.assembly.max_open_series,
+                max_revisions: config.assembly.max_revisions,
+                retire_after: Duration::from_secs(config.assembly.retire_after_s),
+                input_hw: [height, width],
+                crop_fraction: model.manifest.preprocessing.crop_fraction,
+                speculate: config.assembly.speculate,
+            },
+            AssemblerChannels {
+                arrivals,
+                decode: decode_tx,
+                decoded,
+                infer: infer_tx,
+                inferred,
+                publish: publish_tx,
+                published,
+            },
+            journals.clone(),
+        );
+        spawn("assemble".to_owned(), Box::new(move || assembler.run()))?;
+        threads.extend(journal_threads);
+
+        journals.recover_all(&series_dir).map_err(io("list the journals"))?;
+        let entrance =
+            Entrance::new(journals.clone(), hasher, arrivals_tx.clone(), &config.peers.trust_series_count);
+        let scp = ScpServer::bind(&config.dicom, Arc::new(StoreFactory::new(entrance.clone())))?;
+        let folder = FolderWatcher::start(&config.folder, &entrance, config.dicom.max_object_bytes)?;
+        let web = publish::web_server(config, metrics, &store, model, backend_name)?;
+        events::ServerStarted {
+            version: env!("CARGO_PKG_VERSION"),
+            commit: option_env!("DARNET_COMMIT").unwrap_or("unknown"),
+            backend: backend_name,
+            model: &model.manifest.id,
+            intended_use: &model.manifest.intended_use,
+        }
+        .emit();
+        Ok(Self {
+            dicom_addr: scp.local_addr(),
+            web_addr: web.local_addr(),
+            scp: Some(scp),
+            folder,
+            entrance: Some(entrance),
+            journals: Some(journals),
+            arrivals: arrivals_tx,
+            threads,
+            outbox: Some(outbox),
+            web: Some(web),
+            data_dir,
+            backend: backend_name,
+        })
+    }
+
+    /// Where the DICOM server listens.
+    pub fn dicom_addr(&self) -> SocketAddr {
+        self.dicom_addr
+    }
+
+    /// Where the web server listens.
+    pub fn web_addr(&self) -> SocketAddr {
+        self.web_addr
+    }
+
+    /// The backend in use.
+    pub fn backend(&self) -> &'static str {
+        self.backend
+    }
+
+    /// The data folder.
+    pub fn data_dir(&self) -> &std::path::Path {
+        &self.data_dir
+    }
+
+    /// Whether every thread of the pipeline still runs.
+    pub fn is_sound(&self) -> bool {
+        !self.threads.iter().any(JoinHandle::is_finished)
+    }
+
+    /// Takes every open series as complete, whatever the completion rules say.
+    pub fn flush(&self) {
+        let _ = self.arrivals.send(ToAssembler::Flush);
+    }
+
+    /// Ends in the order of the data: associations get `drain` to finish their object, what is journalled stays for
+    /// the next start, outcomes in hand are published, deliveries not made stay in the outbox.
+    pub fn shutdown(mut self, drain: Duration) {
+        if let Some(scp) = self.scp.take() {
+            scp.shutdown(drain);
+        }
+        drop(self.folder.take());
+        drop(self.entrance.take());
+        drop(self.journals.take());
+        let _ = self.arrivals.send(ToAssembler::Stop);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        if let Some(outbox) = self.outbox.take() {
+            outbox.shutdown();
+        }
+        if let Some(web) = self.web.take() {
+            web.shutdown();
+        }
+    }
+}
+
+/// A judge for `model` with a session of `backend`.
+///
+/// # Errors
+/// The session cannot be opened.
+pub fn judge(model: &Model, backend: &dyn Backend) -> Result<Judge, EngineError> {
+    let head_weight: Arc<[f32]> = Arc::from(model.weights.head_weight());
+    Ok(Judge::new(
+        &model.manifest.preprocessing,
+        model.manifest.architecture.input_dhw,
+        head_weight,
+        backend.session()?,
+    ))
+}
+
+/// A channel for an observer of publications.
+pub fn observer() -> (Sender<ResultNotice>, Receiver<ResultNotice>) {
+    bounded(PUBLISHED_QUEUE)
+}

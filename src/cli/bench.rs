@@ -1,0 +1,316 @@
+//! `bench`: speed and memory, as text or JSON.
+//!
+//! Figures come with the number of runs and the machine's cores; medians, not best cases. Everything is measured
+//! through the same code the daemon runs.
+
+use std::io::BufRead;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use darnet::config::Config;
+use darnet::dicom::scu::{SendOptions, send};
+use darnet::engine::{CancelToken, EngineOptions, Inference, prepare};
+use darnet::model::Model;
+use darnet::model::manifest::{Architecture, DepthGrid, SliceDirection};
+use darnet::phantom::{DicomOptions, Phantom, PhantomClass, PhantomSpec, generate, write_dicom};
+use darnet::pipeline::{Daemon, observer};
+use darnet::resample::cpu::{Window, gather, in_plane};
+use darnet::resample::plan::{DepthPlan, InPlanePlan};
+use darnet::volume::geometry::InPlaneOrientation;
+use serde_json::{Value, json};
+
+use super::{BenchArgs, BenchWhat, Ended, modelcmd, print_json};
+
+/// `darnet bench`.
+pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
+    if args.runs == 0 || args.runs > 10_000 {
+        bail!("--runs wants 1 to 10000, got {}", args.runs);
+    }
+    let mut document = match args.what {
+        BenchWhat::Inference => inference(args)?,
+        BenchWhat::Resample => resample(args)?,
+        BenchWhat::Ingest => ingest(args)?,
+        BenchWhat::Pipeline => pipeline(args)?,
+        BenchWhat::Memory => memory(args)?,
+    };
+    document["schema"] = json!("darnet.bench/1");
+    document["version"] = json!(env!("CARGO_PKG_VERSION"));
+    document["cores"] = json!(std::thread::available_parallelism().map_or(1, usize::from));
+    if args.json {
+        print_json(&document)?;
+    } else if let Value::Object(map) = &document {
+        for (key, value) in map {
+            println!("{key:>24}  {value}");
+        }
+    }
+    Ok(Ended::Done)
+}
+
+fn model(args: &BenchArgs) -> anyhow::Result<Model> {
+    if args.full_size {
+        return Ok(Model::synthetic("full-size, generated weights", &Architecture::full(), 1)?);
+    }
+    modelcmd::load(args.engine.model.as_ref())
+}
+
+/// Value at quantile `q` of the runs, by nearest rank.
+fn quantile(sorted: &[f64], q: f64) -> f64 {
+    let rank = (q * sorted.len() as f64).ceil() as usize;
+    sorted[rank.clamp(1, sorted.len()) - 1]
+}
+
+fn spread(mut runs: Vec<f64>) -> Value {
+    runs.sort_by(f64::total_cmp);
+    json!({
+        "runs": runs.len(),
+        "p50_ms": quantile(&runs, 0.50) * 1e3,
+        "p95_ms": quantile(&runs, 0.95) * 1e3,
+        "p99_ms": quantile(&runs, 0.99) * 1e3,
+        "min_ms": runs[0] * 1e3,
+        "max_ms": runs[runs.len() - 1] * 1e3,
+    })
+}
+
+fn merge(into: &mut Value, from: Value) {
+    if let (Value::Object(into), Value::Object(from)) = (into, from) {
+        into.extend(from);
+    }
+}
+
+/// A line of `/proc/PID/status` in MiB.
+fn status_mib(pid: &str, key: &str) -> anyhow::Result<f64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).context("read the process status")?;
+    let line = text.lines().find(|l| l.starts_with(key)).with_context(|| format!("{key} in the process status"))?;
+    let kib: f64 = line.split_whitespace().nth(1).unwrap_or("0").parse().context("parse the process status")?;
+    Ok(kib / 1024.0)
+}
+
+fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
+    let started = Instant::now();
+    let model = model(args)?;
+    let options = EngineOptions { threads: args.engine.threads, ..EngineOptions::default() };
+    let backend = prepare(args.engine.backend, &model, &options)?;
+    let mut session = backend.session()?;
+    let load_ms = started.elapsed().as_secs_f64() * 1e3;
+    let architecture = model.manifest.architecture.clone();
+    let (id, macs) = (model.manifest.id.clone(), architecture.macs());
+    drop(model); // the daemon does not keep the weights as loaded either
+    let input = darnet::model::synthetic::volume(architecture.input_dhw, 1);
+    let mut out = Inference::default();
+    let cancel = CancelToken::new();
+    let started = Instant::now();
+    session.run(&input, &cancel, &mut out)?;
+    let first_ms = started.elapsed().as_secs_f64() * 1e3;
+    let mut runs = Vec::with_capacity(args.runs);
+    for _ in 0..args.runs {
+        let started = Instant::now();
+        session.run(&input, &cancel, &mut out)?;
+        runs.push(started.elapsed().as_secs_f64());
+    }
+    let mut document = json!({
+        "bench": "inference",
+        "model": id,
+        "backend": backend.name(),
+        "threads": args.engine.threads,
+        "input_dhw": architecture.input_dhw,
+        "gmacs": macs as f64 / 1e9,
+        "load_ms": load_ms,
+        "first_ms": first_ms,
+        "rss_anon_mib": status_mib("self", "RssAnon:")?,
+        "logits": out.logits,
+    });
+    let spread = spread(runs);
+    let p50_s = spread["p50_ms"].as_f64().unwrap_or(f64::NAN) / 1e3;
+    document["gflops"] = json!(2.0 * macs as f64 / 1e9 / p50_s);
+    merge(&mut document, spread);
+    Ok(document)
+}
+
+fn resample(args: &BenchArgs) -> anyhow::Result<Value> {
+    let model = model(args)?;
+    let [d, h, w] = model.manifest.architecture.input_dhw;
+    let preprocessing = &model.manifest.preprocessing;
+    let window = Window { center_hu: preprocessing.window_center_hu, width_hu: preprocessing.window_width_hu };
+    let plan =
+        InPlanePlan::new(512, 512, InPlaneOrientation::default(), preprocessing.crop_fraction, [h, w], [0.0, 0.0]);
+    let hu: Vec<i16> = (0..512 * 512).map(|i| ((i * 7919) % 2000) as i16 - 1000).collect();
+    let mut scratch = vec![0.0; plan.scratch_len()];
+    let mut plane = vec![0.0; h * w];
+    let mut in_plane_runs = Vec::new();
+    for _ in 0..args.runs * 20 {
+        let started = Instant::now();
+        in_plane(&plan, &window, &hu, &mut scratch, &mut plane);
+        in_plane_runs.push(started.elapsed().as_secs_f64());
+    }
+    let depth_mm: Vec<f64> = (0..args.slices).map(|k| k as f64).collect();
+    let depth = DepthPlan::new(&depth_mm, DepthGrid::Fit, SliceDirection::FeetToHead, d)?;
+    let planes: Vec<Vec<f32>> = (0..args.slices).map(|_| plane.clone()).collect();
+    let planes: Vec<&[f32]> = planes.iter().map(Vec::as_slice).collect();
+    let mut volume = vec![0.0; d * h * w];
+    let mut gather_runs = Vec::new();
+    for _ in 0..args.runs {
+        let started = Instant::now();
+        gather(&depth, &planes, &mut volume);
+        gather_runs.push(started.elapsed().as_secs_f64());
+    }
+    Ok(json!({
+        "bench": "resample",
+        "slices": args.slices,
+        "in_plane_512_to": [h, w],
+        "in_plane": spread(in_plane_runs),
+        "gather": spread(gather_runs),
+    }))
+}
+
+fn phantom(slices: usize) -> Phantom {
+    generate(&PhantomSpec::random(PhantomClass::Covid, 1).with_shape(slices, 512, 512))
+}
+
+fn daemon_config(args: &BenchArgs, data: &Path) -> Config {
+    let mut config = Config { data_dir: data.to_path_buf(), ..Config::default() };
+    config.dicom.bind = "127.0.0.1:0".to_owned();
+    config.web.bind = "127.0.0.1:0".to_owned();
+    config.model.path.clone_from(&args.engine.model);
+    config.model.backend = args.engine.backend;
+    config.model.threads = args.engine.threads;
+    config
+}
+
+fn ingest(args: &BenchArgs) -> anyhow::Result<Value> {
+    let dir = super::demo::scratch_dir("bench-ingest")?;
+    let phantom = phantom(args.slices);
+    let mut runs = Vec::new();
+    let mut bytes = 0;
+    for run in 0..args.runs {
+        let data = dir.path().join(format!("data-{run}"));
+        std::fs::create_dir(&data)?;
+        let mut config = daemon_config(args, &data);
+        config.assembly.grace_ms = 600_000; // only what leads to the acknowledgement
+        config.assembly.speculate = false;
+        let daemon = Daemon::start(&config, None)?;
+        let files = write_dicom(&phantom, &dir.path().join("series"), &DicomOptions::default())?;
+        let report = send(&files, &to(&daemon), &mut |_| {})?;
+        if report.stored != files.len() {
+            bail!("{} of {} slices were not stored", files.len() - report.stored, files.len());
+        }
+        bytes = report.bytes;
+        runs.push(report.elapsed.as_secs_f64() / files.len() as f64);
+        daemon.shutdown(Duration::from_secs(1));
+    }
+    let mut document = json!({ "bench": "ingest", "slices": args.slices, "durability": "fsync", "bytes": bytes });
+    let spread = spread(runs);
+    let p50_s = spread["p50_ms"].as_f64().unwrap_or(f64::NAN) / 1e3;
+    document["slices_per_s"] = json!(1.0 / p50_s);
+    document["mib_per_s"] = json!(bytes as f64 / args.slices as f64 / p50_s / (1 << 20) as f64);
+    document["per_slice"] = spread;
+    Ok(document)
+}
+
+fn to(daemon: &Daemon) -> SendOptions {
+    SendOptions { to: daemon.dicom_addr().to_string(), ..SendOptions::default() }
+}
+
+fn pipeline(args: &BenchArgs) -> anyhow::Result<Value> {
+    let dir = super::demo::scratch_dir("bench-pipeline")?;
+    let phantom = phantom(args.slices);
+    let (mut to_alert, mut waits, mut inferences) = (Vec::new(), Vec::new(), Vec::new());
+    let grace_ms = Config::default().assembly.grace_ms;
+    for run in 0..args.runs {
+        let data = dir.path().join(format!("data-{run}"));
+        std::fs::create_dir(&data)?;
+        let (tx, notices) = observer();
+        let daemon = Daemon::start(&daemon_config(args, &data), Some(tx))?;
+        let files = write_dicom(&phantom, &dir.path().join("series"), &DicomOptions::default())?;
+        let options = SendOptions { slices_per_s: args.rate, ..to(&daemon) };
+        let report = send(&files, &options, &mut |_| {})?;
+        if report.stored != files.len() {
+            bail!("{} of {} slices were not stored", files.len() - report.stored, files.len());
+        }
+        let notice = notices.recv_timeout(Duration::from_secs(600)).context("wait for the alert")?;
+        to_alert.push(notice.last_slice_to_alert_s);
+        waits.push(notice.completion_wait_s);
+        inferences.push(notice.infer_s);
+        daemon.shutdown(Duration::from_secs(1));
+    }
+    Ok(json!({
+        "bench": "pipeline",
+        "slices": args.slices,
+        "rate": args.rate,
+        "grace_ms": grace_ms,
+        "last_slice_to_alert": spread(to_alert),
+        "completion_wait": spread(waits),
+        "inference": spread(inferences),
+    }))
+}
+
+struct Served {
+    child: Child,
+    dicom: String,
+    web: String,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn serve(args: &BenchArgs, dir: &Path) -> anyhow::Result<Served> {
+    let data = dir.join("data");
+    std::fs::create_dir(&data)?;
+    let config = dir.join("darnet.toml");
+    std::fs::write(&config, toml::to_string(&daemon_config(args, &data))?)?;
+    let mut child = Command::new(std::env::current_exe()?)
+        .args(["serve", "--config"])
+        .arg(&config)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("start the daemon")?;
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        std::io::BufReader::new(stdout).read_line(&mut line)?;
+    }
+    let first: Value = serde_json::from_str(&line).context("read the daemon's first line")?;
+    let text = |key: &str| first[key].as_str().unwrap_or_default().to_owned();
+    Ok(Served { child, dicom: text("dicom"), web: text("web") })
+}
+
+fn memory(args: &BenchArgs) -> anyhow::Result<Value> {
+    let dir = super::demo::scratch_dir("bench-memory")?;
+    let served = serve(args, dir.path())?;
+    let pid = served.child.id().to_string();
+    let figures = |when: &str| -> anyhow::Result<Value> {
+        Ok(json!({
+            "when": when,
+            "rss_anon_mib": status_mib(&pid, "RssAnon:")?,
+            "rss_file_mib": status_mib(&pid, "RssFile:")?,
+            "rss_mib": status_mib(&pid, "VmRSS:")?,
+            "peak_rss_mib": status_mib(&pid, "VmHWM:")?,
+        }))
+    };
+    let idle = figures("idle")?;
+    let phantom = phantom(args.slices);
+    let files = write_dicom(&phantom, &dir.path().join("series"), &DicomOptions::default())?;
+    drop(phantom);
+    let options = SendOptions { to: served.dicom.clone(), ..SendOptions::default() };
+    let report = send(&files, &options, &mut |_| {})?;
+    if report.stored != files.len() {
+        bail!("{} of {} slices were not stored", files.len() - report.stored, files.len());
+    }
+    let until = Instant::now() + Duration::from_secs(600);
+    loop {
+        let body = ureq::get(format!("http://{}/api/results", served.web)).call()?.body_mut().read_to_string()?;
+        if body.contains("result_uid") {
+            break;
+        }
+        if Instant::now() > until {
+            bail!("no outcome within 600 s");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let after = figures("with the series in memory, published")?;
+    Ok(json!({ "bench": "memory", "slices": args.slices, "matrix": [512, 512], "idle": idle, "series": after }))
+}

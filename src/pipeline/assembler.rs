@@ -1,0 +1,768 @@
+//! The assembler: one thread that owns every open series and decides what happens next.
+//!
+//! Input: arrivals and ends of associations from ingest, decoded slices, finished inferences, publications. Output:
+//! decode, inference and publish jobs. Invariants: it never blocks on a full queue (what does not fit waits in
+//! bounded backlogs here), so ingest never waits on decoding or inference; a series is judged from the set of its
+//! slices, never from their order; an outcome is published only when the completion rules say so and no slice is
+//! still being decoded; every content of a series is published once.
+//!
+//! Speculation: when a series looks complete its inference starts at once; the outcome waits for completion, and
+//! another slice cancels the run.
+//!
+//! Deliberately absent: pixels, files, the network.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, select};
+
+use crate::dicom::header;
+use crate::dicom::header::SliceHeader;
+use crate::engine::CancelToken;
+use crate::pipeline::ingest::{Arrival, Journals, PublishedNote, RECOVERED, ToAssembler};
+use crate::pipeline::jobs::{
+    DecodeJob, DecodeTask, Decoded, DecodedSlice, InferDone, InferJob, Inferred, PublishJob, Published, SliceHandle, Timing,
+};
+use crate::pipeline::planes::SharedPlane;
+use crate::pipeline::series::{Selection, SliceFacts, select};
+use crate::resample::lung::SliceLung;
+use crate::resample::plan::InPlanePlan;
+use crate::telemetry::{StudyHash, events};
+use crate::volume::completion::{Cause, Completion, CompletionRules, Progress};
+use crate::volume::geometry::{GeometryLimits, InPlaneOrientation, SliceGeometry};
+use crate::volume::journal::{JournalReader, RecordRef};
+use crate::volume::refusal::{Reason, Refusal};
+use crate::volume::store::VolumeFile;
+
+/// Different image sizes one series may hold before further ones are refused. A series has one; a scout makes two.
+pub const MAX_GRIDS: usize = 4;
+/// Wait before an outcome that the store did not take is made and offered again.
+const COMMIT_RETRY: Duration = Duration::from_secs(5);
+/// Longest sleep of the assembler, so that the stop flag of a dead peer is seen.
+const MAX_WAIT: Duration = Duration::from_millis(500);
+
+/// Settings of the assembler.
+#[derive(Clone, Debug)]
+pub struct AssemblerOptions {
+    /// Folder that holds one folder a series.
+    pub series_dir: std::path::PathBuf,
+    /// When a series is complete.
+    pub completion: CompletionRules,
+    /// What geometry is judged.
+    pub limits: GeometryLimits,
+    /// Slots of a volume file.
+    pub max_slots: u32,
+    /// Series held in memory at once; further series wait in their journals.
+    pub max_open_series: usize,
+    /// Outcomes a series may have before a person must look.
+    pub max_revisions: u32,
+    /// Quiet time after a publication before a series leaves memory.
+    pub retire_after: Duration,
+    /// Height and width of the network's input.
+    pub input_hw: [usize; 2],
+    /// Share of rows and columns kept.
+    pub crop_fraction: f64,
+    /// Whether inference may start before completion.
+    pub speculate: bool,
+}
+
+/// The assembler's ends of the channels.
+pub struct AssemblerChannels {
+    /// From ingest.
+    pub arrivals: Receiver<ToAssembler>,
+    /// To the decoders.
+    pub decode: Sender<DecodeJob>,
+    /// From the resamplers (or the decoders, for failures).
+    pub decoded: Receiver<Decoded>,
+    /// To the inference worker.
+    pub infer: Sender<InferJob>,
+    /// From the inference worker.
+    pub inferred: Receiver<InferDone>,
+    /// To the publisher.
+    pub publish: Sender<PublishJob>,
+    /// From the publisher.
+    pub published: Receiver<Published>,
+}
+
+#[derive(Debug)]
+struct Grid {
+    rows: u32,
+    columns: u32,
+    orientation: InPlaneOrientation,
+    volume: Arc<VolumeFile>,
+    plan: Arc<InPlanePlan>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    facts: SliceFacts,
+    grid: Option<usize>,
+    slot: Option<u32>,
+    plane: Option<SharedPlane>,
+    lung: Option<SliceLung>,
+}
+
+/// A repeat whose first is still being decoded: where it is, to be compared later.
+#[derive(Debug)]
+struct Repeat {
+    ordinal: u64,
+    first: usize,
+    reader: JournalReader,
+    record: RecordRef,
+    transfer_syntax_uid: Arc<str>,
+    header: Arc<SliceHeader>,
+}
+
+#[derive(Debug)]
+struct Job {
+    version: u64,
+    cancel: Arc<CancelToken>,
+    notes: Vec<String>,
+    done: Option<Result<Box<Inferred>, Refusal>>,
+    sent: bool,
+    pending: Option<InferJob>,
+}
+
+struct Series {
+    study: StudyHash,
+    header: Arc<SliceHeader>,
+    entries: Vec<Entry>,
+    by_sop: HashMap<String, usize>,
+    grids: Vec<Grid>,
+    completion: Completion,
+    recovered_open: bool,
+    in_flight: usize,
+    repeats: Vec<Repeat>,
+    conflict: bool,
+    records: u64,
+    version: u64,
+    published_version: u64,
+    publishing: Option<u64>,
+    revision: u32,
+    over_bound: bool,
+    hold_until: Option<Instant>,
+    completed: Option<(Cause, Instant)>,
+    job: Option<Job>,
+    last_pdata_at: Instant,
+    quiet_since: Instant,
+    decode_s: f64,
+    resample_s: f64,
+    hint: Option<u64>,
+}
+
+/// The assembler.
+pub struct Assembler {
+    options: AssemblerOptions,
+    channels: AssemblerChannels,
+    journals: Journals,
+    started: Instant,
+    series: HashMap<StudyHash, Series>,
+    /// Series whose content is in the journal only, and whether it was asked for.
+    deferred: BTreeMap<StudyHash, bool>,
+    backlog: VecDeque<DecodeJob>,
+    publish_backlog: VecDeque<PublishJob>,
+}
+
+impl Assembler {
+    /// An assembler with no series.
+    pub fn new(options: AssemblerOptions, channels: AssemblerChannels, journals: Journals) -> Self {
+        Self {
+            options,
+            channels,
+            journals,
+            started: Instant::now(),
+            series: HashMap::new(),
+            deferred: BTreeMap::new(),
+            backlog: VecDeque::new(),
+            publish_backlog: VecDeque::new(),
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.started.elapsed().as_nanos() as u64
+    }
+
+    /// Runs until told to stop or until ingest is gone.
+    pub fn run(mut self) {
+        loop {
+            self.drain_backlogs();
+            let wait = self.next_wait();
+            let channels = &self.channels;
+            let event = select! {
+                recv(channels.arrivals) -> m => match m { Ok(m) => Event::Arrival(m), Err(_) => Event::Stop },
+                recv(channels.decoded) -> m => m.map_or(Event::Stop, Event::Decoded),
+                recv(channels.inferred) -> m => m.map_or(Event::Stop, Event::Inferred),
+                recv(channels.published) -> m => m.map_or(Event::Stop, Event::Published),
+                default(wait) => Event::Tick,
+            };
+            let touched = match event {
+                Event::Arrival(ToAssembler::Stop) | Event::Stop => break,
+                Event::Arrival(ToAssembler::Slice(arrival)) => {
+                    let series = arrival.series.clone();
+                    if self.series.contains_key(&series) || (arrival.ordinal == 0 && self.make_room()) {
+                        self.arrival(*arrival);
+                    } else {
+                        self.deferred.entry(series.clone()).or_insert(false);
+                    }
+                    Some(series)
+                }
+                Event::Arrival(ToAssembler::Recovered { series, slices, published }) => {
+                    self.recovered(&series, slices, published);
+                    Some(series)
+                }
+                Event::Arrival(ToAssembler::Closed { association }) => {
+                    let now = self.now_ns();
+                    for series in self.series.values_mut() {
+                        series.completion.released(association, now);
+                    }
+                    None
+                }
+                Event::Arrival(ToAssembler::Flush) => {
+                    for series in self.series.values_mut() {
+                        series.completion.flush();
+                    }
+                    None
+                }
+                Event::Decoded(decoded) => Some(self.decoded(decoded)),
+                Event::Inferred(done) => Some(self.inferred(done)),
+                Event::Published(published) => Some(self.published(published)),
+                Event::Tick => None,
+            };
+            match touched {
+                Some(series) => self.advance(&series),
+                None => {
+                    let all: Vec<StudyHash> = self.series.keys().cloned().collect();
+                    for series in all {
+                        self.advance(&series);
+                    }
+                }
+            }
+            self.observe();
+        }
+        for series in self.series.values() {
+            if let Some(job) = &series.job {
+                job.cancel.cancel();
+            }
+        }
+    }
+
+    fn observe(&self) {
+        let c = &self.channels;
+        let queues = [
+            ("assemble", c.arrivals.len(), c.arrivals.capacity()),
+            ("decode", c.decode.len() + self.backlog.len(), c.decode.capacity()),
+            ("decoded", c.decoded.len(), c.decoded.capacity()),
+            ("infer", c.infer.len(), c.infer.capacity()),
+            ("publish", c.publish.len() + self.publish_backlog.len(), c.publish.capacity()),
+        ];
+        for (queue, depth, capacity) in queues {
+            events::QueueObserved { queue, depth, capacity: capacity.unwrap_or(0) }.emit();
+        }
+    }
+
+    fn drain_backlogs(&mut self) {
+        while let Some(job) = self.backlog.pop_front() {
+            if let Err(TrySendError::Full(job)) = self.channels.decode.try_send(job) {
+                self.backlog.push_front(job);
+                break;
+            }
+        }
+        while let Some(job) = self.publish_backlog.pop_front() {
+            if let Err(TrySendError::Full(job)) = self.channels.publish.try_send(job) {
+                self.publish_backlog.push_front(job);
+                break;
+            }
+        }
+        if !self.deferred.is_empty()
+            && self.make_room()
+            && let Some((series, asked)) = self.deferred.iter_mut().find(|(_, asked)| !**asked)
+        {
+            *asked = self.journals.resend(series);
+        }
+        for series in self.series.values_mut() {
+            if let Some(job) = &mut series.job
+                && let Some(pending) = job.pending.take()
+            {
+                match self.channels.infer.try_send(pending) {
+                    Ok(()) => job.sent = true,
+                    Err(TrySendError::Full(pending) | TrySendError::Disconnected(pending)) => job.pending = Some(pending),
+                }
+            }
+        }
+    }
+
+    fn next_wait(&self) -> Duration {
+        if !self.backlog.is_empty() || !self.publish_backlog.is_empty() {
+            return Duration::from_millis(1);
+        }
+        let now = self.now_ns();
+        let speculate = self.options.speculate;
+        let due = |s: &Series| {
+            let guess = s.completion.looks_complete_at_ns(s.hint).filter(|_| speculate && s.job.is_none());
+            let known = s.completion.deadline_ns();
+            match (guess.filter(|at| *at > now), known) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            }
+        };
+        let waiting = self.series.values().filter(|s| s.published_version != s.version && s.in_flight == 0);
+        let next = waiting.filter_map(due).min();
+        next.map_or(MAX_WAIT, |at| Duration::from_nanos(at.saturating_sub(now)).clamp(Duration::from_micros(50), MAX_WAIT))
+    }
+
+    fn send_decode(&mut self, job: DecodeJob) {
+        // The backlog holds at most one job a record, and records a series are bounded at ingest.
+        if self.backlog.is_empty() {
+            if let Err(TrySendError::Full(job)) = self.channels.decode.try_send(job) {
+                self.backlog.push_back(job);
+            }
+        } else {
+            self.backlog.push_back(job);
+        }
+    }
+
+    /// Whether another series fits in memory, after retiring a published one if need be.
+    fn make_room(&mut self) -> bool {
+        if self.series.len() < self.options.max_open_series {
+            return true;
+        }
+        let idle = self
+            .series
+            .iter()
+            .filter(|(_, s)| s.published_version == s.version && s.job.is_none() && s.publishing.is_none())
+            .min_by_key(|(_, s)| s.quiet_since)
+            .map(|(k, _)| k.clone());
+        if let Some(idle) = &idle {
+            self.retire(idle);
+        }
+        idle.is_some()
+    }
+
+    fn open(&mut self, key: &StudyHash, study: &StudyHash, header: &Arc<SliceHeader>, recovered: bool) {
+        if self.series.contains_key(key) {
+            return;
+        }
+        events::SeriesOpened { study, series: key, open: self.series.len() + 1 }.emit();
+        self.series.insert(
+            key.clone(),
+            Series {
+                study: study.clone(),
+                header: Arc::clone(header),
+                entries: Vec::new(),
+                by_sop: HashMap::new(),
+                grids: Vec::new(),
+                completion: Completion::new(self.options.completion.clone(), self.now_ns()),
+                recovered_open: recovered,
+                in_flight: 0,
+                repeats: Vec::new(),
+                conflict: false,
+                records: 0,
+                version: 0,
+                published_version: 0,
+                publishing: None,
+                revision: 0,
+                over_bound: false,
+                hold_until: None,
+                completed: None,
+                job: None,
+                last_pdata_at: Instant::now(),
+                quiet_since: Instant::now(),
+                decode_s: 0.0,
+                resample_s: 0.0,
+                hint: None,
+            },
+        );
+    }
+
+    fn recovered(&mut self, key: &StudyHash, slices: Vec<Arrival>, published: Option<PublishedNote>) {
+        if self.series.contains_key(key) {
+            return; // its journal was closed and reopened; everything in it is here already
+        }
+        if !self.make_room() {
+            self.deferred.insert(key.clone(), false);
+            return;
+        }
+        self.deferred.remove(key);
+        let started = Instant::now();
+        let covered = published.as_ref().map_or(0, |p| p.records);
+        let total = slices.last().map_or(0, |last| last.ordinal + 1);
+        for arrival in slices {
+            self.arrival(arrival);
+        }
+        if let (Some(note), Some(series)) = (published, self.series.get_mut(key)) {
+            series.revision = note.revision;
+            series.conflict = note.conflict;
+            series.repeats.retain(|repeat| repeat.ordinal >= covered);
+            if series.entries.len() as u64 == note.distinct {
+                series.published_version = series.version;
+            }
+        }
+        events::RecoveryDone { series: 1, slices: total, cut_bytes: 0, took: started.elapsed() }.emit();
+    }
+
+    /// Files one object.
+    fn arrival(&mut self, arrival: Arrival) {
+        let key = arrival.series.clone();
+        let recovered = arrival.association == RECOVERED;
+        self.open(&key, &arrival.study, &arrival.header, recovered);
+        let now = self.now_ns();
+        let series = self.series.get_mut(&key).expect("opened above");
+        if arrival.ordinal < series.records {
+            return; // read back from the journal already
+        }
+        series.records = arrival.ordinal + 1;
+        series.last_pdata_at = arrival.last_pdata_at;
+        series.quiet_since = Instant::now();
+        if series.recovered_open && !recovered {
+            series.recovered_open = false;
+            series.completion.released(RECOVERED, now);
+        }
+        if let Some(&first) = series.by_sop.get(&arrival.header.sop_instance_uid) {
+            series.repeats.push(Repeat {
+                ordinal: arrival.ordinal,
+                first,
+                reader: arrival.reader,
+                record: arrival.record,
+                transfer_syntax_uid: arrival.transfer_syntax_uid,
+                header: arrival.header,
+            });
+            return;
+        }
+        series.completion.slice(arrival.association, now);
+        if let Some(count) = arrival.header.series_count_hint {
+            series.hint = Some(count);
+            if arrival.count_is_declared {
+                series.completion.declare(count, now);
+            }
+        }
+        if arrival.header.sop_instance_uid < series.header.sop_instance_uid {
+            series.header = Arc::clone(&arrival.header); // the same header whatever the order of arrival
+        }
+        series.changed(&key);
+        let entry = series.entries.len();
+        series.by_sop.insert(arrival.header.sop_instance_uid.clone(), entry);
+        let mut facts = SliceFacts { header: Arc::clone(&arrival.header), refusal: header::judge(&arrival.header).err() };
+        let mut grid = None;
+        if facts.refusal.is_none()
+            && let Ok(geometry) = &arrival.header.geometry
+        {
+            let geometry = geometry.clone();
+            match self.grid(&key, &geometry) {
+                Ok(found) => grid = Some(found),
+                Err(refusal) => facts.refusal = Some(refusal),
+            }
+        }
+        let series = self.series.get_mut(&key).expect("opened above");
+        series.entries.push(Entry { facts, grid, slot: None, plane: None, lung: None });
+        if let Some(at) = grid {
+            series.in_flight += 1;
+            let job = DecodeJob {
+                series: key.clone(),
+                entry,
+                reader: arrival.reader,
+                record: arrival.record,
+                transfer_syntax_uid: arrival.transfer_syntax_uid,
+                header: arrival.header,
+                volume: Arc::clone(&series.grids[at].volume),
+                task: DecodeTask::Fill { plan: Arc::clone(&series.grids[at].plan) },
+            };
+            self.send_decode(job);
+        }
+    }
+
+    /// The grid of a slice of this size and orientation, made if it is new.
+    fn grid(&mut self, key: &StudyHash, geometry: &SliceGeometry) -> Result<usize, Refusal> {
+        geometry.validate()?;
+        let orientation = geometry.in_plane_orientation(&self.options.limits)?;
+        let series = self.series.get_mut(key).expect("opened by the caller");
+        let found = series
+            .grids
+            .iter()
+            .position(|g| g.rows == geometry.rows && g.columns == geometry.columns && g.orientation == orientation);
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        let at = series.grids.len();
+        if at >= MAX_GRIDS {
+            return Err(Refusal::new(
+                Reason::InconsistentGeometry,
+                format!("expected at most {MAX_GRIDS} image sizes in one series, got more"),
+            ));
+        }
+        let path = self.options.series_dir.join(key.as_str()).join(format!("volume-{at}"));
+        // What a volume holds can be rebuilt from the journal, so an old one is simply replaced.
+        let _ = std::fs::remove_file(&path);
+        let volume = VolumeFile::create(&path, geometry.rows, geometry.columns, self.options.max_slots)
+            .map_err(|error| Refusal::new(Reason::Internal, format!("create the volume: {error}")))?;
+        let plan = InPlanePlan::new(
+            geometry.rows,
+            geometry.columns,
+            orientation,
+            self.options.crop_fraction,
+            self.options.input_hw,
+            [0.0, 0.0],
+        );
+        series.grids.push(Grid { rows: geometry.rows, columns: geometry.columns, orientation, volume, plan: Arc::new(plan) });
+        Ok(at)
+    }
+
+    fn decoded(&mut self, decoded: Decoded) -> StudyHash {
+        let key = decoded.series.clone();
+        let Some(series) = self.series.get_mut(&key) else { return key };
+        series.in_flight -= 1;
+        series.decode_s += decoded.decode_s;
+        series.resample_s += decoded.resample_s;
+        match decoded.result {
+            Ok(DecodedSlice::Filled { slot, plane, lung }) => {
+                let entry = &mut series.entries[decoded.entry];
+                entry.slot = Some(slot);
+                entry.plane = plane;
+                entry.lung = Some(lung);
+            }
+            Ok(DecodedSlice::Same) => {}
+            Ok(DecodedSlice::Different) => {
+                series.conflict = true;
+                series.changed(&key);
+            }
+            Err(refusal) => series.entries[decoded.entry].facts.refusal = Some(refusal),
+        }
+        key
+    }
+
+    fn inferred(&mut self, done: InferDone) -> StudyHash {
+        if let Some(series) = self.series.get_mut(&done.series)
+            && let Some(job) = &mut series.job
+            && job.version == done.version
+        {
+            match done.result {
+                Ok(Some(inferred)) => job.done = Some(Ok(inferred)),
+                Err(refusal) => job.done = Some(Err(refusal)),
+                Ok(None) => series.job = None,
+            }
+        }
+        done.series
+    }
+
+    fn published(&mut self, published: Published) -> StudyHash {
+        if let Some(series) = self.series.get_mut(&published.series) {
+            series.publishing = None;
+            if published.committed {
+                series.published_version = published.version;
+                series.revision = published.revision;
+            } else {
+                series.hold_until = Some(Instant::now() + COMMIT_RETRY);
+            }
+            series.quiet_since = Instant::now();
+        }
+        published.series
+    }
+
+    /// Compares repeats whose first is decoded. A first that has no pixels of its own cannot be in conflict.
+    fn compare_repeats(&mut self, key: &StudyHash) {
+        let Some(series) = self.series.get_mut(key) else { return };
+        if series.repeats.is_empty() {
+            return;
+        }
+        let mut jobs = Vec::new();
+        let mut waiting = Vec::new();
+        for repeat in std::mem::take(&mut series.repeats) {
+            let first = &series.entries[repeat.first];
+            match (first.grid, first.slot, &first.facts.refusal) {
+                (Some(grid), Some(slot), _) => {
+                    let same_size = repeat.header.rows == series.grids[grid].rows
+                        && repeat.header.columns == series.grids[grid].columns;
+                    if !same_size {
+                        series.conflict = true;
+                        series.changed(key);
+                        continue;
+                    }
+                    series.in_flight += 1;
+                    jobs.push(DecodeJob {
+                        series: key.clone(),
+                        entry: repeat.first,
+                        reader: repeat.reader,
+                        record: repeat.record,
+                        transfer_syntax_uid: repeat.transfer_syntax_uid,
+                        header: repeat.header,
+                        volume: Arc::clone(&series.grids[grid].volume),
+                        task: DecodeTask::Compare { slot },
+                    });
+                }
+                (Some(_), None, None) => waiting.push(repeat),
+                _ => {}
+            }
+        }
+        series.repeats = waiting;
+        for job in jobs {
+            self.send_decode(job);
+        }
+    }
+
+    /// Takes a series one step further, if there is one to take.
+    fn advance(&mut self, key: &StudyHash) {
+        self.compare_repeats(key);
+        let now = self.now_ns();
+        let retire_after = self.options.retire_after;
+        let open = self.series.len();
+        let Some(series) = self.series.get_mut(key) else { return };
+        if series.published_version == series.version || series.over_bound {
+            let idle = series.job.is_none() && series.publishing.is_none() && series.in_flight == 0;
+            if idle && series.quiet_since.elapsed() >= retire_after {
+                self.retire(key);
+            }
+            return;
+        }
+        let held = series.hold_until.is_some_and(|until| Instant::now() < until);
+        if series.in_flight > 0 || series.publishing.is_some() || held {
+            return;
+        }
+        let complete = match series.completion.progress(now) {
+            Progress::Complete(cause) => Some(cause),
+            Progress::Open => None,
+        };
+        if let Some(cause) = complete
+            && series.completed.is_none()
+        {
+            events::SeriesCompleted {
+                series: key,
+                cause: cause.as_str(),
+                slices: series.entries.len() as u64,
+                waited: series.last_pdata_at.elapsed(),
+                open,
+            }
+            .emit();
+            series.completed = Some((cause, Instant::now()));
+        }
+        let speculate = self.options.speculate && series.completion.looks_complete(series.hint, now);
+        if series.job.is_none() && (complete.is_some() || speculate) {
+            self.start(key, complete.is_some());
+        }
+        self.publish_if_done(key);
+    }
+
+    /// Starts inference on what is there; a refusal becomes the outcome, but only once the series is complete.
+    fn start(&mut self, key: &StudyHash, complete: bool) {
+        let limits = self.options.limits.clone();
+        let Some(series) = self.series.get_mut(key) else { return };
+        let version = series.version;
+        let job = match series.plan(&limits) {
+            Ok((selection, slices)) => {
+                let cancel = Arc::new(CancelToken::new());
+                let pending = InferJob {
+                    series: key.clone(),
+                    version,
+                    stack: selection.stack,
+                    slices,
+                    cancel: Arc::clone(&cancel),
+                };
+                Job { version, cancel, notes: selection.notes, done: None, sent: false, pending: Some(pending) }
+            }
+            Err(refusal) if complete => Job {
+                version,
+                cancel: Arc::new(CancelToken::new()),
+                notes: Vec::new(),
+                done: Some(Err(refusal)),
+                sent: true,
+                pending: None,
+            },
+            Err(_) => return,
+        };
+        series.job = Some(job);
+        self.drain_backlogs();
+    }
+
+    fn publish_if_done(&mut self, key: &StudyHash) {
+        let max_revisions = self.options.max_revisions;
+        let Some(series) = self.series.get_mut(key) else { return };
+        let Some((cause, completed_at)) = series.completed else { return };
+        if !series.job.as_ref().is_some_and(|job| job.done.is_some() && job.version == series.version) {
+            return;
+        }
+        let Some(Job { done: Some(result), notes, version, .. }) = series.job.take() else { return };
+        if series.revision >= max_revisions {
+            if !series.over_bound {
+                series.over_bound = true;
+                events::CorrectionBoundReached { series: key, revisions: series.revision }.emit();
+            }
+            return;
+        }
+        series.publishing = Some(version);
+        let job = PublishJob {
+            series: key.clone(),
+            study: series.study.clone(),
+            version,
+            revision: series.revision + 1,
+            header: Arc::clone(&series.header),
+            slices: series.entries.len(),
+            records: series.records,
+            conflict: series.conflict,
+            cause,
+            result,
+            notes,
+            timing: Timing {
+                last_pdata_at: series.last_pdata_at,
+                completed_at,
+                decode_s: series.decode_s,
+                resample_s: series.resample_s,
+            },
+        };
+        self.publish_backlog.push_back(job);
+        self.drain_backlogs();
+    }
+
+    fn retire(&mut self, key: &StudyHash) {
+        if self.series.remove(key).is_some() {
+            self.journals.close(key.clone());
+            events::SeriesRetired { series: key, open: self.series.len() }.emit();
+        }
+    }
+}
+
+enum Event {
+    Arrival(ToAssembler),
+    Decoded(Decoded),
+    Inferred(InferDone),
+    Published(Published),
+    Tick,
+    Stop,
+}
+
+impl Series {
+    /// The content changed: what was inferred of it is void.
+    fn changed(&mut self, key: &StudyHash) {
+        self.version += 1;
+        self.completed = None;
+        if let Some(job) = self.job.take() {
+            job.cancel.cancel();
+            if job.sent && job.done.is_none() {
+                events::SpeculationEnded { series: key, used: false }.emit();
+            }
+        }
+    }
+
+    fn plan(&self, limits: &GeometryLimits) -> Result<(Selection, Vec<SliceHandle>), Refusal> {
+        if self.conflict {
+            return Err(Refusal::new(
+                Reason::DuplicateConflict,
+                "one SOPInstanceUID came with different pixels; send the series again under new UIDs".to_owned(),
+            ));
+        }
+        let facts: Vec<SliceFacts> = self.entries.iter().map(|e| e.facts.clone()).collect();
+        let selection = select(&facts, limits)?;
+        let mut slices = Vec::with_capacity(selection.ordered.len());
+        for &i in &selection.ordered {
+            let entry = &self.entries[i];
+            let (Some(grid), Some(slot), Some(lung)) = (entry.grid, entry.slot, &entry.lung) else {
+                return Err(Refusal::new(Reason::Internal, "a selected slice was not decoded".to_owned()));
+            };
+            slices.push(SliceHandle {
+                volume: Arc::clone(&self.grids[grid].volume),
+                slot,
+                plane: entry.plane.clone(),
+                lung: lung.clone(),
+            });
+        }
+        Ok((selection, slices))
+    }
+}

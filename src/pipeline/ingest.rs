@@ -1,0 +1,702 @@
+//! Ingest: from a received object to a durable journal record and an acknowledgement.
+//!
+//! ```text
+//! association threads ──┐
+//! folder watcher ───────┼──> journal threads (by series) ──> assembler
+//!                       ┘      append, sync, forward, reply
+//! ```
+//!
+//! Input: whole data sets in reusable buffers. Output: [`Arrival`] messages to the assembler, and a status for the
+//! sender. Invariants: success is answered only after the record is on disk (`durability = "fsync"`); a record reaches
+//! the assembler before its sender hears of success, so the end of an association can never overtake its slices; a
+//! journal thread owns its journals alone, so there is no lock. Several associations waiting on one thread share one
+//! sync (group commit, at most [`GROUP_COMMIT`] records).
+//!
+//! Deliberately absent: pixel decoding.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use serde::{Deserialize, Serialize};
+
+use crate::dicom::header::{self, ObjectClass, SliceHeader};
+use crate::dicom::scp::{AssociationHandler, AssociationInfo, HandlerFactory, ScpEvent, StoreRequest, StoreStatus};
+use crate::telemetry::events::Stage;
+use crate::telemetry::{StudyHash, StudyHasher, events};
+use crate::volume::journal::{JournalError, JournalReader, JournalWriter, OwnedRecordHead, RecordHead, RecordKind, RecordRef};
+
+/// Records one sync may cover. Bounded by the associations that can wait: 64 x 512 KiB is 32 MiB of dirty pages.
+pub const GROUP_COMMIT: usize = 64;
+/// Requests waiting for one journal thread; more than the associations allowed by default, so a send rarely waits.
+pub const JOURNAL_QUEUE: usize = 64;
+/// File name of a series' journal inside its folder.
+pub const JOURNAL_FILE: &str = "journal";
+/// Open journals of one thread; the least recently used is closed beyond it (it is reopened when needed).
+pub const MAX_OPEN_JOURNALS: usize = 256;
+
+/// When a slice may be acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Durability {
+    /// After `fdatasync`: survives power loss.
+    #[default]
+    Fsync,
+    /// After the write: survives a killed process, not a power loss.
+    PageCache,
+}
+
+/// One distinct object of a series, as the assembler sees it.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    /// Hash of the SeriesInstanceUID.
+    pub series: StudyHash,
+    /// Hash of the StudyInstanceUID.
+    pub study: StudyHash,
+    /// The parsed header.
+    pub header: Arc<SliceHeader>,
+    /// How the record's payload is encoded.
+    pub transfer_syntax_uid: Arc<str>,
+    /// Where the record is.
+    pub record: RecordRef,
+    /// How to read it.
+    pub reader: JournalReader,
+    /// Who brought it; [`RECOVERED`] after a restart.
+    pub association: u64,
+    /// When its last P-DATA byte was read.
+    pub last_pdata_at: Instant,
+    /// Its number among the data set records of its journal, from 0.
+    pub ordinal: u64,
+    /// Whether a count stated in this header is a declaration by a trusted peer.
+    pub count_is_declared: bool,
+}
+
+/// The association number of slices read back from a journal.
+pub const RECOVERED: u64 = 0;
+
+/// What a journal's notes say: the last published revision and how many records it covered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishedNote {
+    /// Revision of the outcome.
+    pub revision: u32,
+    /// Data set records in the journal that the outcome covers.
+    pub records: u64,
+    /// Distinct SOPInstanceUIDs among them.
+    pub distinct: u64,
+    /// Whether two of them were in conflict.
+    pub conflict: bool,
+    /// The outcome's UID.
+    pub result_uid: String,
+}
+
+/// To the assembler.
+#[derive(Debug)]
+pub enum ToAssembler {
+    /// A new object.
+    Slice(Box<Arrival>),
+    /// A series read back from its journal: everything in it, and what was published of it.
+    Recovered {
+        /// Hash of the SeriesInstanceUID.
+        series: StudyHash,
+        /// Every object, in the order of arrival.
+        slices: Vec<Arrival>,
+        /// The last publication, if any.
+        published: Option<PublishedNote>,
+    },
+    /// An association ended (released or aborted).
+    Closed {
+        /// Its number.
+        association: u64,
+    },
+    /// Every open series is to be taken as complete (end of a `--flush` run, tests).
+    Flush,
+    /// Finish what is running, start nothing, end.
+    Stop,
+}
+
+struct AppendRequest {
+    series: StudyHash,
+    study: StudyHash,
+    header: Arc<SliceHeader>,
+    transfer_syntax_uid: Arc<str>,
+    dataset: Vec<u8>,
+    association: u64,
+    last_pdata_at: Instant,
+    count_is_declared: bool,
+    reply: Sender<(StoreStatus, Vec<u8>)>,
+}
+
+enum ToJournal {
+    Append(Box<AppendRequest>),
+    Note { series: StudyHash, note: PublishedNote },
+    Recover { series: StudyHash },
+    Resend { series: StudyHash },
+    Close { series: StudyHash },
+}
+
+/// Settings of the journal threads.
+#[derive(Clone, Debug)]
+pub struct JournalOptions {
+    /// Folder that holds one folder a series.
+    pub series_dir: PathBuf,
+    /// Threads; a series always belongs to the same one.
+    pub threads: usize,
+    /// When a slice may be acknowledged.
+    pub durability: Durability,
+    /// Data set records a series may hold; one more is answered 0xA700.
+    pub max_records_per_series: u64,
+    /// Bytes all journals together may hold; beyond it objects are answered 0xA700.
+    pub max_total_bytes: u64,
+}
+
+/// The journal threads.
+#[derive(Clone)]
+pub struct Journals {
+    queues: Arc<[Sender<ToJournal>]>,
+}
+
+impl Journals {
+    /// Starts the threads. They end when the last clone of the handle is gone.
+    pub fn start(
+        options: &JournalOptions,
+        hasher: &StudyHasher,
+        assembler: &Sender<ToAssembler>,
+    ) -> std::io::Result<(Self, Vec<JoinHandle<()>>)> {
+        let threads = options.threads.max(1);
+        let total_bytes = Arc::new(AtomicU64::new(journal_bytes(&options.series_dir)));
+        let mut queues = Vec::with_capacity(threads);
+        let mut handles = Vec::with_capacity(threads);
+        for n in 0..threads {
+            let (tx, rx) = bounded(JOURNAL_QUEUE);
+            let mut worker = JournalThread {
+                options: options.clone(),
+                hasher: hasher.clone(),
+                open: HashMap::new(),
+                uses: 0,
+                assembler: assembler.clone(),
+                total_bytes: Arc::clone(&total_bytes),
+            };
+            handles.push(std::thread::Builder::new().name(format!("journal-{n}")).spawn(move || worker.run(&rx))?);
+            queues.push(tx);
+        }
+        Ok((Self { queues: queues.into() }, handles))
+    }
+
+    fn queue(&self, series: &StudyHash) -> &Sender<ToJournal> {
+        let spread = crc32fast::hash(series.as_str().as_bytes()) as usize;
+        &self.queues[spread % self.queues.len()]
+    }
+
+    /// Requests waiting, all threads together.
+    pub fn waiting(&self) -> usize {
+        self.queues.iter().map(Sender::len).sum()
+    }
+
+    /// Notes a publication in the journal of `series`.
+    pub fn note(&self, series: StudyHash, note: PublishedNote) {
+        let _ = self.queue(&series).send(ToJournal::Note { series, note });
+    }
+
+    /// Closes the journal of a series that nothing waits for. Never blocks: an open journal only costs a descriptor.
+    pub fn close(&self, series: StudyHash) {
+        let _ = self.queue(&series).try_send(ToJournal::Close { series });
+    }
+
+    /// Asks for everything in the journal of `series` again, as [`ToAssembler::Recovered`]. Never blocks; `false`
+    /// means ask again later.
+    pub fn resend(&self, series: &StudyHash) -> bool {
+        self.queue(series).try_send(ToJournal::Resend { series: series.clone() }).is_ok()
+    }
+
+    /// Reads back every journal under the series folder; unpublished series go to the assembler.
+    ///
+    /// # Errors
+    /// The folder cannot be listed.
+    pub fn recover_all(&self, series_dir: &Path) -> std::io::Result<usize> {
+        let mut names: Vec<StudyHash> = Vec::new();
+        for entry in std::fs::read_dir(series_dir)? {
+            let entry = entry?;
+            if entry.path().join(JOURNAL_FILE).is_file()
+                && let Some(series) = entry.file_name().to_str().and_then(|name| StudyHash::parse(name).ok())
+            {
+                names.push(series);
+            }
+        }
+        names.sort();
+        let count = names.len();
+        for series in names {
+            let _ = self.queue(&series).send(ToJournal::Recover { series });
+        }
+        Ok(count)
+    }
+}
+
+fn journal_bytes(series_dir: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(series_dir) else { return 0 };
+    entries.flatten().filter_map(|e| std::fs::metadata(e.path().join(JOURNAL_FILE)).ok()).map(|m| m.len()).sum()
+}
+
+struct OpenJournal {
+    writer: JournalWriter,
+    reader: JournalReader,
+    seen: HashMap<String, Vec<RecordRef>>,
+    records: u64,
+    last_use: u64,
+}
+
+struct JournalThread {
+    options: JournalOptions,
+    hasher: StudyHasher,
+    open: HashMap<StudyHash, OpenJournal>,
+    uses: u64,
+    assembler: Sender<ToAssembler>,
+    total_bytes: Arc<AtomicU64>,
+}
+
+struct Appended {
+    request: Box<AppendRequest>,
+    status: StoreStatus,
+    arrival: Option<Box<Arrival>>,
+}
+
+impl JournalThread {
+    fn run(&mut self, queue: &Receiver<ToJournal>) {
+        let mut group: Vec<Appended> = Vec::with_capacity(GROUP_COMMIT);
+        let mut touched: Vec<StudyHash> = Vec::with_capacity(GROUP_COMMIT);
+        while let Ok(first) = queue.recv() {
+            let mut next = Some(first);
+            while let Some(message) = next {
+                match message {
+                    ToJournal::Append(request) => {
+                        let appended = self.append(request);
+                        if appended.status == StoreStatus::Success && !touched.contains(&appended.request.series) {
+                            touched.push(appended.request.series.clone());
+                        }
+                        group.push(appended);
+                    }
+                    ToJournal::Note { series, note } => self.note(&series, &note),
+                    ToJournal::Recover { series } => self.recover(&series),
+                    ToJournal::Resend { series } => self.resend(&series),
+                    ToJournal::Close { series } => {
+                        self.open.remove(&series);
+                    }
+                }
+                next = if group.len() < GROUP_COMMIT { queue.try_recv().ok() } else { None };
+            }
+            self.commit(&mut group, &mut touched);
+        }
+    }
+
+    /// Syncs the journals touched, then forwards and answers.
+    fn commit(&mut self, group: &mut Vec<Appended>, touched: &mut Vec<StudyHash>) {
+        let started = Instant::now();
+        let mut failed: Vec<StudyHash> = Vec::new();
+        if self.options.durability == Durability::Fsync {
+            for series in touched.iter() {
+                if let Some(journal) = self.open.get_mut(series)
+                    && let Err(error) = journal.writer.sync()
+                {
+                    events::JournalFailed { operation: "sync", error: &error.to_string() }.emit();
+                    // What the page cache holds after a failed sync is unknown: reopen and read back before going on.
+                    self.open.remove(series);
+                    failed.push(series.clone());
+                }
+            }
+        }
+        if !touched.is_empty() {
+            events::StageTimed { stage: Stage::Journal, took: started.elapsed() }.emit();
+        }
+        touched.clear();
+        for Appended { request, mut status, arrival } in group.drain(..) {
+            if failed.contains(&request.series) {
+                status = StoreStatus::OutOfResources;
+            } else if let Some(arrival) = arrival
+                && self.assembler.send(ToAssembler::Slice(arrival)).is_err()
+            {
+                // Shutting down: the record is safe and comes back at the next start.
+            }
+            let _ = request.reply.send((status, request.dataset));
+        }
+    }
+
+    fn append(&mut self, request: Box<AppendRequest>) -> Appended {
+        let outcome = self.try_append(&request);
+                match outcome {
+            Ok(arrival) => {
+                match &arrival {
+                    Some(arrival) => {
+                        events::SliceStored { series: &request.series, slices: arrival.ordinal + 1 }.emit();
+                    }
+                    None => events::SliceDuplicate { series: &request.series, conflict: false }.emit(),
+                }
+                Appended { request, status: StoreStatus::Success, arrival }
+            }
+            Err(error) => {
+                let reason = if matches!(error, JournalError::NoSpace { .. }) { "no_space" } else { "journal" };
+                events::SliceRefused { reason, status: StoreStatus::OutOfResources.code() }.emit();
+                events::JournalFailed { operation: "append", error: &error.to_string() }.emit();
+                Appended { request, status: StoreStatus::OutOfResources, arrival: None }
+            }
+        }
+    }
+
+    fn try_append(&mut self, request: &AppendRequest) -> Result<Option<Box<Arrival>>, JournalError> {
+        let size = request.dataset.len() as u64;
+        let max_total = self.options.max_total_bytes;
+        let max_records = self.options.max_records_per_series;
+        let total = Arc::clone(&self.total_bytes);
+        let journal = self.journal(&request.series)?;
+        if let Some(earlier) = journal.seen.get(&request.header.sop_instance_uid) {
+            let mut stored = Vec::new();
+            for record in earlier {
+                let head = journal.reader.read(*record, &mut stored)?;
+                if stored == request.dataset && head.transfer_syntax_uid == *request.transfer_syntax_uid {
+                    return Ok(None);
+                }
+            }
+        }
+        if journal.records >= max_records {
+            return Err(JournalError::NoSpace { what: format!("series holds its limit of {max_records} objects") });
+        }
+        if total.load(Ordering::Relaxed).saturating_add(size) > max_total {
+            return Err(JournalError::NoSpace { what: format!("journals hold their limit of {max_total} bytes") });
+        }
+        let head = RecordHead {
+            kind: RecordKind::Dataset,
+            transfer_syntax_uid: &request.transfer_syntax_uid,
+            sop_class_uid: &request.header.sop_class_uid,
+            sop_instance_uid: &request.header.sop_instance_uid,
+            received_unix_ns: unix_ns(),
+        };
+        let record = journal.writer.append(&head, &request.dataset)?;
+        let ordinal = journal.records;
+        journal.records += 1;
+        journal.seen.entry(request.header.sop_instance_uid.clone()).or_default().push(record);
+        total.fetch_add(size, Ordering::Relaxed);
+        Ok(Some(Box::new(Arrival {
+            series: request.series.clone(),
+            study: request.study.clone(),
+            header: Arc::clone(&request.header),
+            transfer_syntax_uid: Arc::clone(&request.transfer_syntax_uid),
+            record,
+            reader: journal.reader.clone(),
+            association: request.association,
+            last_pdata_at: request.last_pdata_at,
+            ordinal,
+            count_is_declared: request.count_is_declared,
+        })))
+    }
+
+    fn path(&self, series: &StudyHash) -> PathBuf {
+        self.options.series_dir.join(series.as_str()).join(JOURNAL_FILE)
+    }
+
+    /// The open journal of `series`: created, or reopened and its content handed to the assembler first.
+    fn journal(&mut self, series: &StudyHash) -> Result<&mut OpenJournal, JournalError> {
+        self.uses += 1;
+        if !self.open.contains_key(series) {
+            if self.open.len() >= MAX_OPEN_JOURNALS
+                && let Some(oldest) = self.open.iter().min_by_key(|(_, j)| j.last_use).map(|(s, _)| s.clone())
+            {
+                self.open.remove(&oldest);
+            }
+            let path = self.path(series);
+            let journal = if path.exists() {
+                let (journal, slices, published) = self.reopen(series)?;
+                let _ = self.assembler.send(ToAssembler::Recovered { series: series.clone(), slices, published });
+                journal
+            } else {
+                if let Some(folder) = path.parent() {
+                    std::fs::create_dir_all(folder).map_err(|source| JournalError::io("create the series folder", source))?;
+                }
+                let writer = JournalWriter::create(&path)?;
+                sync_dir(&self.options.series_dir).map_err(|source| JournalError::io("sync the series folder", source))?;
+                let reader = writer.reader()?;
+                OpenJournal { writer, reader, seen: HashMap::new(), records: 0, last_use: 0 }
+            };
+            self.open.insert(series.clone(), journal);
+        }
+        let uses = self.uses;
+        let journal = self.open.get_mut(series).expect("inserted above");
+        journal.last_use = uses;
+        Ok(journal)
+    }
+
+    fn reopen(&self, series: &StudyHash) -> Result<(OpenJournal, Vec<Arrival>, Option<PublishedNote>), JournalError> {
+        let (writer, records) = JournalWriter::open(&self.path(series))?;
+        let reader = writer.reader()?;
+        let mut journal = OpenJournal { writer, reader, seen: HashMap::new(), records: 0, last_use: 0 };
+        let mut slices = Vec::with_capacity(records.len());
+        let mut published = None;
+        let mut payload = Vec::new();
+        for (record, head) in records {
+            match head.kind {
+                RecordKind::Note => {
+                    journal.reader.read(record, &mut payload)?;
+                    published = serde_json::from_slice(&payload).ok().or(published);
+                }
+                RecordKind::Dataset => {
+                    journal.seen.entry(head.sop_instance_uid.clone()).or_default().push(record);
+                    let ordinal = journal.records;
+                    journal.records += 1;
+                    if let Some(arrival) = self.read_back(series, &journal.reader, record, &head, ordinal, &mut payload) {
+                        slices.push(arrival);
+                    }
+                }
+            }
+        }
+        Ok((journal, slices, published))
+    }
+
+    fn read_back(
+        &self,
+        series: &StudyHash,
+        reader: &JournalReader,
+        record: RecordRef,
+        head: &OwnedRecordHead,
+        ordinal: u64,
+        payload: &mut Vec<u8>,
+    ) -> Option<Arrival> {
+        if let Err(error) = reader.read(record, payload) {
+            events::JournalFailed { operation: "read", error: &error.to_string() }.emit();
+            return None;
+        }
+        let header = header::parse_header(payload, &head.transfer_syntax_uid).ok()?;
+        Some(Arrival {
+            series: series.clone(),
+            study: self.hasher.hash(&header.study_instance_uid),
+            header: Arc::new(header),
+            transfer_syntax_uid: Arc::from(head.transfer_syntax_uid.as_str()),
+            record,
+            reader: reader.clone(),
+            association: RECOVERED,
+            last_pdata_at: Instant::now(),
+            ordinal,
+            count_is_declared: false,
+        })
+    }
+
+    fn recover(&mut self, series: &StudyHash) {
+        if self.open.contains_key(series) {
+            return;
+        }
+        match self.reopen(series) {
+            Ok((journal, slices, published)) => {
+                let done = published.as_ref().is_some_and(|p| p.records >= journal.records);
+                if done || slices.is_empty() {
+                    return;
+                }
+                self.open.insert(series.clone(), journal);
+                let _ = self.assembler.send(ToAssembler::Recovered { series: series.clone(), slices, published });
+            }
+            Err(error) => events::JournalFailed { operation: "recover", error: &error.to_string() }.emit(),
+        }
+    }
+
+    /// Closes the journal if it is open, reads it back and forwards everything in it.
+    fn resend(&mut self, series: &StudyHash) {
+        self.open.remove(series);
+        if let Err(error) = self.journal(series) {
+            events::JournalFailed { operation: "resend", error: &error.to_string() }.emit();
+        }
+    }
+
+    fn note(&mut self, series: &StudyHash, note: &PublishedNote) {
+        let payload = serde_json::to_vec(note).unwrap_or_default();
+        let fsync = self.options.durability == Durability::Fsync;
+        let written = self.journal(series).and_then(|journal| {
+            let head = RecordHead {
+                kind: RecordKind::Note,
+                transfer_syntax_uid: "",
+                sop_class_uid: "",
+                sop_instance_uid: "",
+                received_unix_ns: unix_ns(),
+            };
+            journal.writer.append(&head, &payload)?;
+            if fsync { journal.writer.sync() } else { Ok(()) }
+        });
+        if let Err(error) = written {
+            // Without its note the series is judged again after a restart, with the same result and UIDs.
+            events::JournalFailed { operation: "note", error: &error.to_string() }.emit();
+        }
+    }
+}
+
+fn sync_dir(path: &Path) -> std::io::Result<()> {
+    std::fs::File::open(path)?.sync_all()
+}
+
+/// Nanoseconds since the Unix epoch.
+pub fn unix_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+}
+
+/// Where every object enters, whoever brings it.
+#[derive(Clone)]
+pub struct Entrance {
+    journals: Journals,
+    hasher: StudyHasher,
+    assembler: Sender<ToAssembler>,
+    next_association: Arc<AtomicU64>,
+    trust_series_count: Arc<[String]>,
+}
+
+impl Entrance {
+    /// An entrance to `journals`. `trust_series_count` lists the calling AE titles whose
+    /// NumberOfSeriesRelatedInstances is a declaration (the series is complete at that count).
+    pub fn new(
+        journals: Journals,
+        hasher: StudyHasher,
+        assembler: Sender<ToAssembler>,
+        trust_series_count: &[String],
+    ) -> Self {
+        Self {
+            journals,
+            hasher,
+            assembler,
+            next_association: Arc::new(AtomicU64::new(RECOVERED + 1)),
+            trust_series_count: trust_series_count.into(),
+        }
+    }
+
+    /// A sender's own door. `calling_ae_title` decides whether its counts are declarations.
+    pub fn door(&self, calling_ae_title: &str) -> Door {
+        Door {
+            entrance: self.clone(),
+            association: self.next_association.fetch_add(1, Ordering::Relaxed),
+            trusted: self.trust_series_count.iter().any(|t| t == calling_ae_title),
+        }
+    }
+}
+
+/// One sender: an association or one batch of a watched folder. Dropping it ends the association.
+pub struct Door {
+    entrance: Entrance,
+    association: u64,
+    trusted: bool,
+}
+
+impl Door {
+    /// Takes one data set; returns when it is durable or refused. The buffer comes back for reuse.
+    ///
+    /// `expected_sop_instance_uid` is what the C-STORE command named (PS3.7 9.1.1.1.4); a data set that says
+    /// otherwise is a mismatch (0xA900).
+    pub fn take(
+        &mut self,
+        dataset: Vec<u8>,
+        transfer_syntax_uid: &str,
+        expected: Option<(&str, &str)>,
+        last_pdata_at: Instant,
+    ) -> (StoreStatus, Vec<u8>) {
+        let header = match header::parse_header(&dataset, transfer_syntax_uid) {
+            Ok(header) => header,
+            Err(error) => {
+                if let Some((sop_class_uid, _)) = expected
+                    && header::is_ignored_class(sop_class_uid)
+                {
+                    events::ObjectIgnored { kind: "not_an_image" }.emit();
+                    return (StoreStatus::Success, dataset);
+                }
+                events::SliceRefused { reason: "header", status: StoreStatus::CannotUnderstand.code() }.emit();
+                events::HeaderUnreadable { error: &error.to_string() }.emit();
+                return (StoreStatus::CannotUnderstand, dataset);
+            }
+        };
+        if header::object_class(&header) == ObjectClass::Ignored {
+            events::ObjectIgnored { kind: "not_an_image" }.emit();
+            return (StoreStatus::Success, dataset);
+        }
+        if let Some((sop_class_uid, sop_instance_uid)) = expected
+            && (header.sop_instance_uid != sop_instance_uid || header.sop_class_uid != sop_class_uid)
+        {
+            events::SliceRefused { reason: "mismatch", status: StoreStatus::Mismatch.code() }.emit();
+            return (StoreStatus::Mismatch, dataset);
+        }
+        let series = self.entrance.hasher.hash(&header.series_instance_uid);
+        let study = self.entrance.hasher.hash(&header.study_instance_uid);
+        let (reply, answer) = bounded(1);
+        let request = Box::new(AppendRequest {
+            series: series.clone(),
+            study,
+            header: Arc::new(header),
+            transfer_syntax_uid: Arc::from(transfer_syntax_uid),
+            dataset,
+            association: self.association,
+            last_pdata_at,
+            count_is_declared: self.trusted,
+            reply,
+        });
+        if let Err(back) = self.entrance.journals.queue(&series).send(ToJournal::Append(request)) {
+            let ToJournal::Append(request) = back.0 else { return (StoreStatus::OutOfResources, Vec::new()) };
+            return (StoreStatus::OutOfResources, request.dataset);
+        }
+        // A journal thread that died drops the request and with it the only sender of the answer.
+        answer.recv().unwrap_or((StoreStatus::OutOfResources, Vec::new()))
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        let _ = self.entrance.assembler.send(ToAssembler::Closed { association: self.association });
+    }
+}
+
+struct StoreHandler {
+    door: Option<Door>,
+}
+
+impl AssociationHandler for StoreHandler {
+    fn store(&mut self, request: &StoreRequest<'_>, dataset: Vec<u8>) -> (StoreStatus, Vec<u8>) {
+        match &mut self.door {
+            Some(door) => door.take(
+                dataset,
+                request.transfer_syntax_uid,
+                Some((request.sop_class_uid, request.sop_instance_uid)),
+                request.last_pdata_at,
+            ),
+            None => (StoreStatus::OutOfResources, dataset),
+        }
+    }
+
+    fn closed(&mut self, _released: bool) {
+        self.door = None;
+    }
+}
+
+/// Makes a handler for each association of the DICOM server.
+pub struct StoreFactory {
+    entrance: Entrance,
+}
+
+impl StoreFactory {
+    /// Handlers that bring their objects to `entrance`.
+    pub fn new(entrance: Entrance) -> Self {
+        Self { entrance }
+    }
+}
+
+impl HandlerFactory for StoreFactory {
+    fn open(&self, association: &AssociationInfo) -> Box<dyn AssociationHandler> {
+        Box::new(StoreHandler { door: Some(self.entrance.door(&association.calling_ae_title)) })
+    }
+
+    fn event(&self, event: ScpEvent) {
+        match event {
+            ScpEvent::AssociationAccepted => events::AssociationAccepted { active: self.active(1) }.emit(),
+            ScpEvent::AssociationRejected { reason } => events::AssociationRejected { reason }.emit(),
+            ScpEvent::AssociationReleased => events::AssociationClosed { active: self.active(-1) }.emit(),
+            ScpEvent::AssociationAborted => events::AssociationAborted { active: self.active(-1) }.emit(),
+            ScpEvent::ProtocolError { kind } => events::ProtocolViolated { kind }.emit(),
+            ScpEvent::Echo => events::EchoAnswered.emit(),
+            ScpEvent::BytesReceived(bytes) => events::BytesReceived { bytes }.emit(),
+            ScpEvent::ObjectRefused { reason, status } => events::SliceRefused { reason, status }.emit(),
+            ScpEvent::OperationRefused => events::ProtocolViolated { kind: "operation" }.emit(),
+            ScpEvent::ConnectionDropped => events::ProtocolViolated { kind: "connection_dropped" }.emit(),
+            ScpEvent::HandlerPanicked => events::PanicContained { stage: "ingest", series: None }.emit(),
+        }
+    }
+}

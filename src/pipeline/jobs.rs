@@ -1,0 +1,207 @@
+//! The messages between the assembler and the workers: handles, never pixels.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::dicom::header::SliceHeader;
+use crate::engine::{CancelToken, Inference};
+use crate::explain::Cam;
+use crate::pipeline::planes::SharedPlane;
+use crate::resample::lung::{LungReport, SliceLung};
+use crate::resample::plan::{DepthPlan, InPlanePlan};
+use crate::telemetry::StudyHash;
+use crate::volume::completion::Cause;
+use crate::volume::geometry::Stack;
+use crate::volume::journal::{JournalReader, RecordRef};
+use crate::volume::refusal::Refusal;
+use crate::volume::store::VolumeFile;
+
+/// Decode one record into a slot of the volume, or compare it with one.
+#[derive(Clone, Debug)]
+pub struct DecodeJob {
+    /// The series.
+    pub series: StudyHash,
+    /// Index of the entry in the series.
+    pub entry: usize,
+    /// Where the data set is.
+    pub reader: JournalReader,
+    /// Which record.
+    pub record: RecordRef,
+    /// How it is encoded.
+    pub transfer_syntax_uid: Arc<str>,
+    /// Its header.
+    pub header: Arc<SliceHeader>,
+    /// The volume that takes its HU.
+    pub volume: Arc<VolumeFile>,
+    /// What to do.
+    pub task: DecodeTask,
+}
+
+/// What a decode job is for.
+#[derive(Clone, Debug)]
+pub enum DecodeTask {
+    /// Fill a new slot, then resample in-plane.
+    Fill {
+        /// The in-plane plan of the slice's grid.
+        plan: Arc<InPlanePlan>,
+    },
+    /// Decode again and compare with this slot (the same SOPInstanceUID came with other bytes).
+    Compare {
+        /// The slot of the first of them.
+        slot: u32,
+    },
+}
+
+/// What became of a [`DecodeJob`].
+#[derive(Debug)]
+pub struct Decoded {
+    /// The series.
+    pub series: StudyHash,
+    /// Index of the entry in the series.
+    pub entry: usize,
+    /// The result.
+    pub result: Result<DecodedSlice, Refusal>,
+    /// Seconds of decoding.
+    pub decode_s: f64,
+    /// Seconds of in-plane resampling.
+    pub resample_s: f64,
+}
+
+/// A decoded slice, by handle.
+#[derive(Debug)]
+pub enum DecodedSlice {
+    /// In its slot, resampled.
+    Filled {
+        /// Slot in the series' volume.
+        slot: u32,
+        /// The in-plane resampled slice, if the pool had room.
+        plane: Option<SharedPlane>,
+        /// What the lung check saw.
+        lung: SliceLung,
+    },
+    /// The repeat has the pixels of the first.
+    Same,
+    /// The repeat has other pixels.
+    Different,
+}
+
+/// One slice of a volume to be inferred, by handle.
+#[derive(Clone, Debug)]
+pub struct SliceHandle {
+    /// The volume file.
+    pub volume: Arc<VolumeFile>,
+    /// Its slot there.
+    pub slot: u32,
+    /// Resampled already, unless the pool was empty.
+    pub plane: Option<SharedPlane>,
+    /// What the lung check saw.
+    pub lung: SliceLung,
+}
+
+/// Gather, infer.
+#[derive(Debug)]
+pub struct InferJob {
+    /// The series.
+    pub series: StudyHash,
+    /// Which content of the series this judges.
+    pub version: u64,
+    /// Geometry; its `order` is meaningless here, `slices` are ordered.
+    pub stack: Stack,
+    /// Slices, feet first.
+    pub slices: Vec<SliceHandle>,
+    /// Set when another slice came.
+    pub cancel: Arc<CancelToken>,
+}
+
+/// What became of an [`InferJob`].
+#[derive(Debug)]
+pub struct InferDone {
+    /// The series.
+    pub series: StudyHash,
+    /// Which content of the series was judged.
+    pub version: u64,
+    /// The result; `Ok(None)` when cancelled.
+    pub result: Result<Option<Box<Inferred>>, Refusal>,
+}
+
+/// A judged volume.
+#[derive(Debug)]
+pub struct Inferred {
+    /// What the network said.
+    pub inference: Inference,
+    /// The activation map of the predicted class.
+    pub cam: Cam,
+    /// What the lung check says of the volume.
+    pub lung: LungReport,
+    /// Where the planes lie.
+    pub depth: DepthPlan,
+    /// Where the rows and columns lie (of the middle slice).
+    pub in_plane: InPlanePlan,
+    /// Geometry.
+    pub stack: Stack,
+    /// Slices, feet first.
+    pub slices: Vec<SliceHandle>,
+    /// Seconds of gathering along depth (with in-plane resampling where it had to be done again).
+    pub gather_s: f64,
+    /// Seconds of the network.
+    pub infer_s: f64,
+    /// Seconds of the activation map.
+    pub cam_s: f64,
+}
+
+/// Where the time of a series went.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// First P-DATA byte of the last slice read.
+    pub last_pdata_at: Instant,
+    /// When the series was found complete.
+    pub completed_at: Instant,
+    /// Seconds of decoding, all slices.
+    pub decode_s: f64,
+    /// Seconds of in-plane resampling, all slices.
+    pub resample_s: f64,
+}
+
+/// An outcome to be published.
+#[derive(Debug)]
+pub struct PublishJob {
+    /// The series.
+    pub series: StudyHash,
+    /// Its study.
+    pub study: StudyHash,
+    /// Which content of the series this is.
+    pub version: u64,
+    /// Revision of the outcome, from 1.
+    pub revision: u32,
+    /// A header of the series, for identifiers and the choice among reconstructions.
+    pub header: Arc<SliceHeader>,
+    /// Distinct objects.
+    pub slices: usize,
+    /// Data set records in the journal that this covers.
+    pub records: u64,
+    /// Whether two objects of one SOPInstanceUID differ.
+    pub conflict: bool,
+    /// Why the series was complete.
+    pub cause: Cause,
+    /// The outcome.
+    pub result: Result<Box<Inferred>, Refusal>,
+    /// Notes of the selection.
+    pub notes: Vec<String>,
+    /// Times.
+    pub timing: Timing,
+}
+
+/// An outcome that is in the store.
+#[derive(Clone, Debug)]
+pub struct Published {
+    /// The series.
+    pub series: StudyHash,
+    /// Which content of the series it covers.
+    pub version: u64,
+    /// Revision of the outcome.
+    pub revision: u32,
+    /// UID of the result; empty if the commit failed.
+    pub result_uid: String,
+    /// Whether the store has it.
+    pub committed: bool,
+}

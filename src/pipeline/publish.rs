@@ -1,0 +1,684 @@
+//! The publisher: from a judged series to a committed outcome, the outbox, and pictures.
+//!
+//! Input: [`PublishJob`]s. Output: a row in the store and items in the outbox in one transaction, the publication note
+//! in the journal, a [`Published`] to the assembler, and later the pictures. Invariants: UIDs are fixed before anything
+//! leaves; repeating a publication after a restart yields the same UIDs and no second item; the alert never waits for
+//! a picture.
+//!
+//! Deliberately absent: DICOM, HL7 and FHIR objects (sinks of `report`), the dashboard (`web`).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::Config;
+use crate::dicom::header::SliceHeader;
+use crate::explain::{CamGeometry, RenderOptions, SeriesToExplain, explain_series};
+use crate::model::Model;
+use crate::pipeline::StartError;
+use crate::pipeline::ingest::{Journals, PublishedNote};
+use crate::pipeline::jobs::{Inferred, PublishJob, Published};
+use crate::report::calibration::Calibration;
+use crate::report::outbox::{Outbox, SystemClock};
+use crate::report::outcome::{
+    CamInfo, LatencyMs, ModelInfo, Outcome, Reconstruction, ResultDocument, ResultLatency, SeriesReport,
+};
+use crate::report::policy::AlertPolicy;
+use crate::report::sink::Sink;
+use crate::report::webhook::{WEBHOOK_SINK, Webhook, WebhookConfig};
+use crate::resample::cpu::Window;
+use crate::resample::lung::LungReport;
+use crate::store::{NewOutcome, OutboxDraft, OutcomeBody, ResultRecord, Store, StoreError, StoreHandle, unix_ms};
+use crate::telemetry::events::{self, Stage};
+use crate::telemetry::{MetricsHandle, StudyHash};
+use crate::volume::refusal::{Reason, Refusal};
+use crate::web::WebServer;
+
+/// Pictures waiting to be made; a further one is not made and counted (its result stands all the same).
+const RENDER_QUEUE: usize = 32;
+/// How often old data is looked for.
+const HOUSEKEEPING: Duration = Duration::from_secs(3600);
+
+/// Sharpness of a reconstruction kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KernelClass {
+    /// Soft tissue.
+    Soft,
+    /// Between.
+    Medium,
+    /// Lung or bone.
+    Sharp,
+    /// The name says nothing known.
+    Unknown,
+}
+
+/// Which reconstruction of a study is live.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Preference {
+    /// Kernels preferred over the others.
+    pub kernels: Vec<KernelClass>,
+    /// Whether thinner slices are preferred among equals.
+    pub thinnest: bool,
+}
+
+impl Default for Preference {
+    fn default() -> Self {
+        Self { kernels: vec![KernelClass::Soft, KernelClass::Medium], thinnest: true }
+    }
+}
+
+/// What is rendered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ResultsConfig {
+    /// Whether pictures and the summary page are made.
+    pub render: bool,
+    /// Slices shown.
+    pub top_slices: usize,
+}
+
+impl Default for ResultsConfig {
+    fn default() -> Self {
+        Self { render: true, top_slices: 5 }
+    }
+}
+
+impl ResultsConfig {
+    /// Every fault, as a sentence fragment.
+    pub fn validate(&self) -> Vec<String> {
+        let bound = 1..=64;
+        if bound.contains(&self.top_slices) {
+            return Vec::new();
+        }
+        vec![format!("results.top_slices: expected 1 to 64, got {}", self.top_slices)]
+    }
+}
+
+/// Reads the sharpness from ConvolutionKernel, by the vendors' published naming: Siemens letters with two digits (below
+/// 36 soft, below 50 medium), GE names, Canon FC numbers, Philips letters.
+pub fn kernel_class(name: &str) -> KernelClass {
+    let name = name.split('\\').next().unwrap_or_default().trim().to_ascii_uppercase();
+    if ["LUNG", "BONE", "EDGE", "SHARP"].iter().any(|w| name.contains(w)) {
+        return KernelClass::Sharp;
+    }
+    if ["SOFT", "SMOOTH"].iter().any(|w| name.contains(w)) {
+        return KernelClass::Soft;
+    }
+    if ["STAND", "CHEST", "MEDIUM", "DETAIL"].iter().any(|w| name.contains(w)) {
+        return KernelClass::Medium;
+    }
+    let letters: String = name.chars().take_while(char::is_ascii_alphabetic).collect();
+    let digits: String = name.chars().skip(letters.len()).take_while(char::is_ascii_digit).collect();
+    let number: Option<u32> = digits.parse().ok();
+    match (letters.as_str(), number) {
+        ("FC", Some(n)) if n < 20 => KernelClass::Medium,
+        ("FC", Some(_)) => KernelClass::Sharp,
+        ("A" | "B", None) => KernelClass::Soft,
+        ("C", None) => KernelClass::Medium,
+        ("D" | "E" | "F" | "L" | "YA" | "YB" | "YC" | "YD", None) => KernelClass::Sharp,
+        (_, Some(n)) if digits.len() == 2 && letters.len() <= 2 => match n {
+            0..36 => KernelClass::Soft,
+            36..50 => KernelClass::Medium,
+            _ => KernelClass::Sharp,
+        },
+        _ => KernelClass::Unknown,
+    }
+}
+
+/// The rank of a reconstruction; the larger is live.
+fn rank(preference: &Preference, outcome: Outcome, r: &Reconstruction) -> (bool, bool, bool, i64) {
+    let class = r.kernel.as_deref().map_or(KernelClass::Unknown, kernel_class);
+    let micrometres = (r.slice_thickness_mm.or(r.spacing_mm).unwrap_or(1e3) * 1e3) as i64;
+    (
+        outcome == Outcome::Result,
+        r.covers_lungs,
+        preference.kernels.contains(&class),
+        if preference.thinnest { -micrometres } else { 0 },
+    )
+}
+
+/// What an observer in the same process hears of a publication.
+#[derive(Debug)]
+pub struct ResultNotice {
+    /// The document as stored and sent.
+    pub document: Value,
+    /// Seconds from the last P-DATA byte to the commit.
+    pub last_slice_to_alert_s: f64,
+    /// Seconds of it that were waiting for completion.
+    pub completion_wait_s: f64,
+    /// Seconds of the network.
+    pub infer_s: f64,
+    /// Where the pictures will be.
+    pub results_dir: PathBuf,
+    /// Closed when the pictures are made.
+    pub rendered: Receiver<()>,
+}
+
+impl ResultNotice {
+    /// Waits until the pictures are made, at most `wait`.
+    pub fn wait_rendered(&self, wait: Duration) {
+        let _ = self.rendered.recv_timeout(wait);
+    }
+
+    /// The report of the series inside the document.
+    pub fn report(&self) -> &Value {
+        &self.document["report"]
+    }
+
+    /// The summary pages that exist.
+    pub fn pages(&self) -> Vec<PathBuf> {
+        let Ok(entries) = std::fs::read_dir(&self.results_dir) else { return Vec::new() };
+        let mut pages: Vec<PathBuf> =
+            entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "html")).collect();
+        pages.sort();
+        pages
+    }
+}
+
+/// What the publisher, the renderer and the outbox are made from.
+pub struct Setup {
+    store: Store,
+    model: ModelInfo,
+    backend: &'static str,
+    calibration: Calibration,
+    policy: AlertPolicy,
+    preference: Preference,
+    results: ResultsConfig,
+    webhook: WebhookConfig,
+    sinks: Vec<Box<dyn Sink>>,
+    outbox: crate::report::outbox::OutboxConfig,
+    results_dir: PathBuf,
+    series_dir: PathBuf,
+    retention_days: u32,
+    observer: Option<Sender<ResultNotice>>,
+    class_names: Vec<String>,
+    class_keys: Vec<String>,
+    head_weight: Vec<f32>,
+    window: Window,
+    input_dhw: [usize; 3],
+}
+
+impl Setup {
+    /// Reads calibration and secrets; opens nothing that must be closed.
+    ///
+    /// # Errors
+    /// The calibration is not the model's, or a sink cannot be set up.
+    pub fn new(
+        config: &Config,
+        model: &Model,
+        backend: &'static str,
+        store: &Store,
+        results_dir: &Path,
+        observer: Option<Sender<ResultNotice>>,
+    ) -> Result<Self, StartError> {
+        let calibration = calibration(model)?;
+        let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
+        if config.webhook.is_enabled() {
+            sinks.push(Box::new(Webhook::new(&config.webhook).map_err(|e| StartError::Sink(e.to_string()))?));
+        }
+        let manifest = &model.manifest;
+        Ok(Self {
+            store: store.clone(),
+            model: model_info(model),
+            backend,
+            calibration,
+            policy: config.alert.clone(),
+            preference: config.preference.clone(),
+            results: config.results.clone(),
+            webhook: config.webhook.clone(),
+            sinks,
+            outbox: config.outbox.clone(),
+            results_dir: results_dir.to_path_buf(),
+            series_dir: config.data_dir.join("series"),
+            retention_days: config.assembly.retention_days,
+            observer,
+            class_names: manifest.class_names.clone(),
+            class_keys: manifest.class_keys.clone(),
+            head_weight: model.weights.head_weight().to_vec(),
+            window: Window {
+                center_hu: manifest.preprocessing.window_center_hu,
+                width_hu: manifest.preprocessing.window_width_hu,
+            },
+            input_dhw: manifest.architecture.input_dhw,
+        })
+    }
+
+    /// Starts the outbox; makes the publisher and the renderer, which the caller gives threads.
+    ///
+    /// # Errors
+    /// The store cannot be opened, or a thread cannot be made.
+    pub fn start(self, journals: Journals) -> Result<(Arc<Outbox>, Publisher, Renderer), StartError> {
+        let outbox = Outbox::start(&self.store, self.sinks, &self.outbox, Arc::new(SystemClock))
+            .map_err(|e| StartError::Sink(e.to_string()))?;
+        let outbox = Arc::new(outbox);
+        let (render, jobs) = bounded(RENDER_QUEUE);
+        let renderer = Renderer {
+            jobs,
+            options: RenderOptions { top_slices: self.results.top_slices, ..RenderOptions::default() },
+            class_names: self.class_names,
+            head_weight: self.head_weight,
+            window: self.window,
+            input_dhw: self.input_dhw,
+            model: self.model.clone(),
+            store: self.store.handle()?,
+            results_dir: self.results_dir.clone(),
+            series_dir: self.series_dir,
+            retention_days: self.retention_days,
+        };
+        let publisher = Publisher {
+            store: self.store.handle()?,
+            model: self.model,
+            backend: self.backend,
+            calibration: self.calibration,
+            policy: self.policy,
+            preference: self.preference,
+            webhook: self.webhook,
+            results_dir: self.results_dir,
+            class_keys: self.class_keys,
+            observer: self.observer,
+            outbox: Arc::clone(&outbox),
+            journals,
+            render: self.results.render.then_some(render),
+        };
+        Ok((outbox, publisher, renderer))
+    }
+}
+
+/// The model's calibration, or none; checked to be this model's.
+///
+/// # Errors
+/// It cannot be read or belongs to another model.
+pub fn calibration(model: &Model) -> Result<Calibration, StartError> {
+    let calibration = match &model.calibration_text {
+        Some(text) => Calibration::parse(text)?,
+        None => Calibration::none(),
+    };
+    calibration.check_model(&model.manifest.id, &model.sha256)?;
+    Ok(calibration)
+}
+
+/// What every output says of the model.
+pub fn model_info(model: &Model) -> ModelInfo {
+    ModelInfo {
+        id: model.manifest.id.clone(),
+        sha256: model.sha256.clone(),
+        intended_use: model.manifest.intended_use.clone(),
+        trained_on: model.manifest.trained_on.clone(),
+    }
+}
+
+/// What the lung check adds to a result's notes.
+pub fn lung_notes(lung: &LungReport) -> Vec<String> {
+    let mut notes = Vec::new();
+    if lung.crop_cuts_lung {
+        notes.push(format!("the centre crop leaves lung outside ({:.0} mm)", lung.crop_cut_mm));
+    }
+    if lung.lung_truncated_top {
+        notes.push("lung reaches the slice nearest the head: the scan may not cover the apices".to_owned());
+    }
+    if lung.lung_truncated_bottom {
+        notes.push("lung reaches the slice nearest the feet: the scan may not cover the bases".to_owned());
+    }
+    notes
+}
+
+/// The publisher; owned by its thread.
+pub struct Publisher {
+    store: StoreHandle,
+    model: ModelInfo,
+    backend: &'static str,
+    calibration: Calibration,
+    policy: AlertPolicy,
+    preference: Preference,
+    webhook: WebhookConfig,
+    results_dir: PathBuf,
+    class_keys: Vec<String>,
+    observer: Option<Sender<ResultNotice>>,
+    outbox: Arc<Outbox>,
+    journals: Journals,
+    render: Option<Sender<RenderJob>>,
+}
+
+struct RenderJob {
+    series: StudyHash,
+    inferred: Box<Inferred>,
+    scores: Vec<f32>,
+    notes: Vec<String>,
+    dir: PathBuf,
+    _done: Sender<()>,
+}
+
+struct Committed {
+    document: ResultDocument,
+    revision: u32,
+    fresh: bool,
+}
+
+impl Publisher {
+    /// Publishes until the queue closes.
+    pub fn run(mut self, jobs: &Receiver<PublishJob>, published: &Sender<Published>) {
+        while let Ok(job) = jobs.recv() {
+            let message = self.publish(job);
+            if published.send(message).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn publish(&mut self, mut job: PublishJob) -> Published {
+        let started = Instant::now();
+        let mut message = Published {
+            series: job.series.clone(),
+            version: job.version,
+            revision: job.revision,
+            result_uid: String::new(),
+            committed: false,
+        };
+        let report = self.report(&mut job);
+        let committed = match self.commit(&job, &report) {
+            Ok(committed) => committed,
+            Err(error) => {
+                events::CommitFailed { series: &job.series, detail: &error.to_string() }.emit();
+                return message;
+            }
+        };
+        let last_slice_to_alert = job.timing.last_pdata_at.elapsed();
+        self.outbox.kick();
+        events::StageTimed { stage: Stage::Publish, took: started.elapsed() }.emit();
+        message.committed = true;
+        message.revision = committed.revision;
+        message.result_uid.clone_from(&committed.document.result_uid);
+        if committed.fresh {
+            events::OutcomePublished {
+                study: &job.study,
+                series: &job.series,
+                revision: committed.revision,
+                outcome: report.outcome.as_str(),
+                reason: report.reason.map(Reason::as_str),
+                last_slice_to_alert: Some(last_slice_to_alert),
+            }
+            .emit();
+            let alert = &committed.document.alert;
+            if alert.alert {
+                let class = CLASS_LABELS.iter().find(|c| alert.class.as_deref() == Some(**c)).unwrap_or(&"none");
+                events::AlertRaised { study: &job.study, level: alert.level.as_str(), class }.emit();
+            }
+        }
+        self.journals.note(
+            job.series.clone(),
+            PublishedNote {
+                revision: committed.revision,
+                records: job.records,
+                distinct: job.slices as u64,
+                conflict: job.conflict,
+                result_uid: committed.document.result_uid.clone(),
+            },
+        );
+        self.after(job, &report, committed, last_slice_to_alert);
+        message
+    }
+
+    /// Pictures and observers, after the alert.
+    fn after(&mut self, job: PublishJob, report: &SeriesReport, committed: Committed, last_slice_to_alert: Duration) {
+        let dir = self.results_dir.join(job.series.as_str()).join(committed.revision.to_string());
+        let (done, rendered) = bounded(0);
+        let completion_wait = job.timing.completed_at.duration_since(job.timing.last_pdata_at);
+        let infer_s = job.result.as_ref().map_or(0.0, |i| i.infer_s);
+        if let (Some(render), Ok(inferred)) = (&self.render, job.result) {
+            let render_job = RenderJob {
+                series: job.series.clone(),
+                scores: inferred.inference.scores.clone(),
+                inferred,
+                notes: report.quality.clone(),
+                dir: dir.clone(),
+                _done: done,
+            };
+            if render.try_send(render_job).is_err() {
+                events::RenderingSkipped { series: &job.series }.emit();
+            }
+        }
+        if let Some(observer) = &self.observer {
+            let notice = ResultNotice {
+                document: serde_json::to_value(&committed.document).unwrap_or_default(),
+                last_slice_to_alert_s: last_slice_to_alert.as_secs_f64(),
+                completion_wait_s: completion_wait.as_secs_f64(),
+                infer_s,
+                results_dir: dir,
+                rendered,
+            };
+            // An observer that does not listen must not hold the publisher.
+            let _ = observer.try_send(notice);
+        }
+    }
+
+    fn report(&self, job: &mut PublishJob) -> SeriesReport {
+        let slices = job.slices as u64;
+        let made = match &job.result {
+            Ok(inferred) => SeriesReport::result(job.series.as_str(), &inferred.inference.logits, slices),
+            Err(refusal) => Ok(SeriesReport::no_result(job.series.as_str(), refusal, slices)),
+        };
+        let mut report = made.unwrap_or_else(|refusal| {
+            let report = SeriesReport::no_result(job.series.as_str(), &refusal, slices);
+            job.result = Err(refusal);
+            report
+        });
+        report.quality = std::mem::take(&mut job.notes);
+        report.latency_ms.decode = Some(job.timing.decode_s * 1e3);
+        report.latency_ms.resample = Some(job.timing.resample_s * 1e3);
+        if let Ok(inferred) = &job.result {
+            complete(
+                &mut report,
+                &self.calibration,
+                &inferred.lung,
+                self.class_keys.get(inferred.cam.class).cloned().unwrap_or_default(),
+                Some("cam.safetensors".to_owned()),
+            );
+            report.latency_ms = LatencyMs {
+                decode: Some(job.timing.decode_s * 1e3),
+                resample: Some((job.timing.resample_s + inferred.gather_s) * 1e3),
+                infer: Some(inferred.infer_s * 1e3),
+                explain: Some(inferred.cam_s * 1e3),
+            };
+        }
+        report
+    }
+
+    /// Commits, once. A revision that the store has already for the same slices is taken over, not repeated.
+    fn commit(&mut self, job: &PublishJob, report: &SeriesReport) -> Result<Committed, StoreError> {
+        let latest = self.store.latest_result(&job.series)?;
+        let reason = report.reason.map(Reason::as_str);
+        let same = |l: &ResultRecord| {
+            l.revision >= job.revision && l.slices == report.slices && l.reason.as_deref() == reason
+        };
+        let revision = match &latest {
+            None => 1,
+            Some(l) if same(l) => l.revision,
+            Some(l) => l.revision + 1,
+        };
+        let reconstruction = reconstruction(&job.header, job.result.as_deref());
+        let live = self.is_live(job, report.outcome, &reconstruction)?;
+        let created_at_ms = unix_ms();
+        let alert = self.policy.decide(report, &self.calibration, live);
+        let completion_wait = job.timing.completed_at.duration_since(job.timing.last_pdata_at);
+        let mut document = ResultDocument::new(
+            &job.study,
+            self.model.clone(),
+            self.backend,
+            job.cause.as_str(),
+            alert,
+            ResultLatency {
+                last_slice_to_alert_ms: Some(job.timing.last_pdata_at.elapsed().as_secs_f64() * 1e3),
+                completion_wait_ms: Some(completion_wait.as_secs_f64() * 1e3),
+            },
+            report.clone(),
+            created_at_ms,
+        );
+        document.reconstruction = Some(reconstruction);
+        let outcome = NewOutcome {
+            study: job.study.clone(),
+            study_instance_uid: job.header.study_instance_uid.clone(),
+            series: job.series.clone(),
+            series_instance_uid: job.header.series_instance_uid.clone(),
+            revision,
+            slices: report.slices,
+            reason,
+            document: Value::Null,
+            live,
+            alerted: document.alert.alert,
+            created_at_ms,
+        };
+        let webhook = &self.webhook;
+        let stamped = &mut document;
+        let committed = self.store.commit_outcome_with(&outcome, |ids| {
+            stamped.stamp(ids);
+            let mut outbox = Vec::new();
+            if webhook.wants(&stamped.alert, ids.supersedes_alert) {
+                outbox.push(OutboxDraft::document(WEBHOOK_SINK));
+            }
+            let document = serde_json::to_string(stamped).map_err(|_| StoreError::Invalid {
+                operation: "commit an outcome",
+                fault: "the document is no JSON",
+            })?;
+            Ok(OutcomeBody { document, outbox })
+        })?;
+        if !committed.fresh {
+            document.stamp(&committed.ids);
+        }
+        Ok(Committed { document, revision: committed.ids.revision, fresh: committed.fresh })
+    }
+
+    /// Whether this result is the one its study speaks with.
+    fn is_live(&self, job: &PublishJob, outcome: Outcome, mine: &Reconstruction) -> Result<bool, StoreError> {
+        let Some(live) = self.store.live_result(&job.study)? else { return Ok(true) };
+        if live.series == job.series.as_str() {
+            return Ok(true);
+        }
+        let Ok(other) = serde_json::from_str::<ResultDocument>(&live.document) else { return Ok(true) };
+        let theirs = other.reconstruction.unwrap_or_default();
+        let mine = rank(&self.preference, outcome, mine);
+        let theirs = rank(&self.preference, other.report.outcome, &theirs);
+        // Equals: the smaller hash, so that the order of completion does not decide.
+        Ok(mine > theirs || (mine == theirs && job.series.as_str() < live.series.as_str()))
+    }
+}
+
+/// Metric labels of the classes.
+const CLASS_LABELS: [&str; 3] = crate::model::manifest::CLASS_KEYS;
+
+/// Adds what calibration, lung check and map say to a result.
+pub fn complete(
+    report: &mut SeriesReport,
+    calibration: &Calibration,
+    lung: &LungReport,
+    cam_class: String,
+    cam_file: Option<String>,
+) {
+    report.quality.extend(lung_notes(lung));
+    report.calibrated = calibration
+        .is_fitted()
+        .then(|| report.logits.as_deref().map(|logits| calibration.apply(logits)))
+        .flatten();
+    report.cam = Some(CamInfo { class: cam_class, file: cam_file });
+}
+
+fn reconstruction(header: &SliceHeader, result: Result<&Inferred, &Refusal>) -> Reconstruction {
+    Reconstruction {
+        kernel: header.convolution_kernel.clone(),
+        slice_thickness_mm: header.slice_thickness_mm.filter(|t| t.is_finite()),
+        spacing_mm: result.ok().map(|i| i.stack.spacing_mm),
+        covers_lungs: result.is_ok_and(|i| !i.lung.lung_truncated_top && !i.lung.lung_truncated_bottom),
+    }
+}
+
+/// Makes the pictures and removes what is too old; owned by its thread.
+pub struct Renderer {
+    jobs: Receiver<RenderJob>,
+    options: RenderOptions,
+    class_names: Vec<String>,
+    head_weight: Vec<f32>,
+    window: Window,
+    input_dhw: [usize; 3],
+    model: ModelInfo,
+    store: StoreHandle,
+    results_dir: PathBuf,
+    series_dir: PathBuf,
+    retention_days: u32,
+}
+
+impl Renderer {
+    /// Renders until the queue closes.
+    pub fn run(mut self) {
+        let mut kept: Option<Instant> = None;
+        loop {
+            if self.retention_days > 0 && kept.is_none_or(|at| at.elapsed() >= HOUSEKEEPING) {
+                self.remove_old();
+                kept = Some(Instant::now());
+            }
+            match self.jobs.recv_timeout(HOUSEKEEPING) {
+                Ok(job) => self.render(&job),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn render(&self, job: &RenderJob) {
+        let started = Instant::now();
+        let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.try_render(job)));
+        match made {
+            Ok(Ok(())) => {}
+            Ok(Err(detail)) => events::RenderingFailed { series: &job.series, detail: &detail }.emit(),
+            Err(_) => events::PanicContained { stage: "explain", series: Some(&job.series) }.emit(),
+        }
+        events::StageTimed { stage: Stage::Explain, took: started.elapsed() }.emit();
+    }
+
+    fn try_render(&self, job: &RenderJob) -> Result<(), String> {
+        let inferred = &job.inferred;
+        let slices = |k: usize| inferred.slices.get(k).and_then(|s| s.volume.slot(s.slot));
+        let notice = self.model.notice();
+        let input = SeriesToExplain {
+            slices: &slices,
+            depth_mm: &inferred.stack.depth_mm,
+            shear_px: inferred.stack.shear_px.as_deref(),
+            rows: inferred.stack.rows,
+            columns: inferred.stack.columns,
+            pixel_spacing_mm: inferred.stack.pixel_spacing_mm,
+            orientation: inferred.stack.in_plane,
+            inference: &inferred.inference,
+            head_weight: &self.head_weight,
+            class: inferred.cam.class,
+            class_names: &self.class_names,
+            scores: &job.scores,
+            geometry: CamGeometry { in_plane: &inferred.in_plane, depth: &inferred.depth, input_dhw: self.input_dhw },
+            window: self.window,
+            banner: notice.as_deref(),
+            notes: &job.notes,
+            model_id: &self.model.id,
+            trained_on: &self.model.trained_on,
+        };
+        std::fs::create_dir_all(&job.dir).map_err(|e| e.kind().to_string())?;
+        explain_series(&job.dir, &input, &self.options).map(drop).map_err(|e| e.to_string())
+    }
+
+    fn remove_old(&mut self) {
+        let now = unix_ms();
+        let cutoff = now - i64::from(self.retention_days) * 24 * 3600 * 1000;
+        match self.store.delete_older_than(cutoff, now) {
+            Ok(report) => {
+                for series in &report.series {
+                    let _ = std::fs::remove_dir_all(self.series_dir.join(series.as_str()));
+                    let _ = std::fs::remove_dir_all(self.results_dir.join(series.as_str()));
+                }
+                events::RetentionDone { studies: report.studies, kept: report.kept_for_outbox }.emit();
+            }
+            Err(error) => events::CommitFailed { series: &StudyHash::default(), detail: &error.to_string() }.emit(),
+        }
+    }
+}

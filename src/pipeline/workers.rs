@@ -1,0 +1,373 @@
+//! The workers: decode, in-plane resampling, gathering and inference.
+//!
+//! Input: jobs with handles. Output: the same handles, further on. Invariants: every job yields exactly one answer,
+//! a panic inside one becomes the refusal `internal` of that series and nothing else; scratch belongs to the worker
+//! and is made once for each image size.
+//!
+//! Deliberately absent: decisions. The assembler takes them.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender};
+
+use crate::dicom::decode::PixelDecoder;
+use crate::engine::{CancelToken, EngineError, Inference, Session};
+use crate::explain::class_activation_map;
+use crate::model::manifest::Preprocessing;
+use crate::pipeline::jobs::{DecodeJob, DecodeTask, Decoded, DecodedSlice, InferDone, InferJob, Inferred, SliceHandle};
+use crate::pipeline::planes::PlanePool;
+use crate::resample::cpu::{Window, gather_plane, in_plane};
+use crate::resample::lung::{self, LungCheck, SliceLung};
+use crate::resample::plan::{DepthPlan, InPlanePlan};
+use crate::telemetry::events::{self, Stage};
+use crate::volume::geometry::Stack;
+use crate::volume::refusal::{Reason, Refusal};
+use crate::volume::store::{SlotMeta, VolumeFile};
+
+/// A slice whose HU are in the volume and which is to be resampled in-plane.
+#[derive(Debug)]
+pub struct ResampleJob {
+    decode: DecodeJob,
+    plan: Arc<InPlanePlan>,
+    slot: u32,
+    decode_s: f64,
+}
+
+fn contained<T>(work: impl FnOnce() -> Result<T, Refusal>) -> Result<T, Refusal> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        events::PanicContained { stage: "worker", series: None }.emit();
+        Err(Refusal::new(Reason::Internal, "a fault of this program, contained; nothing was judged"))
+    })
+}
+
+/// One decode worker; ends when its queue closes.
+pub fn decode_worker(jobs: &Receiver<DecodeJob>, resample: &Sender<ResampleJob>, decoded: &Sender<Decoded>) {
+    let mut decoder = PixelDecoder::new();
+    let mut payload = Vec::new();
+    let mut again: Vec<i16> = Vec::new();
+    while let Ok(job) = jobs.recv() {
+        let started = Instant::now();
+        let result = contained(|| decode(&job, &mut decoder, &mut payload, &mut again));
+        let decode_s = started.elapsed().as_secs_f64();
+        events::StageTimed { stage: Stage::Decode, took: Duration::from_secs_f64(decode_s) }.emit();
+        let answer = match result {
+            Ok(Step::Resample { plan, slot }) => {
+                if resample.send(ResampleJob { decode: job, plan, slot, decode_s }).is_err() {
+                    return;
+                }
+                continue;
+            }
+            Ok(Step::Compared(result)) => Ok(result),
+            Err(refusal) => Err(refusal),
+        };
+        let message = Decoded { series: job.series, entry: job.entry, result: answer, decode_s, resample_s: 0.0 };
+        if decoded.send(message).is_err() {
+            return;
+        }
+    }
+}
+
+enum Step {
+    Resample { plan: Arc<InPlanePlan>, slot: u32 },
+    Compared(DecodedSlice),
+}
+
+fn decode(
+    job: &DecodeJob,
+    decoder: &mut PixelDecoder,
+    payload: &mut Vec<u8>,
+    again: &mut Vec<i16>,
+) -> Result<Step, Refusal> {
+    job.reader
+        .read(job.record, payload)
+        .map_err(|error| Refusal::new(Reason::Internal, format!("read the journal: {error}")))?;
+    match &job.task {
+        DecodeTask::Fill { plan } => {
+            let mut slot = job
+                .volume
+                .claim()
+                .map_err(|error| Refusal::new(Reason::Internal, format!("claim a slot of the volume: {error}")))?;
+            decoder.decode_hu(payload, &job.transfer_syntax_uid, &job.header, slot.pixels_mut())?;
+            let position_mm = job.header.geometry.as_ref().map_or([f64::NAN; 3], |g| g.position_mm);
+            let index = slot.publish(&SlotMeta { position_mm, journal_offset: job.record.offset });
+            Ok(Step::Resample { plan: Arc::clone(plan), slot: index })
+        }
+        DecodeTask::Compare { slot } => {
+            let first = slot_pixels(&job.volume, *slot)?;
+            again.clear();
+            again.resize(first.len(), 0);
+            // A repeat that cannot be decoded differs from the first as far as anyone can tell.
+            let same = decoder.decode_hu(payload, &job.transfer_syntax_uid, &job.header, again).is_ok() && again == first;
+            Ok(Step::Compared(if same { DecodedSlice::Same } else { DecodedSlice::Different }))
+        }
+    }
+}
+
+fn slot_pixels(volume: &VolumeFile, slot: u32) -> Result<&[i16], Refusal> {
+    volume.slot(slot).ok_or_else(|| Refusal::new(Reason::Internal, "a slot of the volume is not published"))
+}
+
+/// One in-plane resampling worker; ends when its queue closes.
+pub fn resample_worker(jobs: &Receiver<ResampleJob>, decoded: &Sender<Decoded>, pool: &PlanePool, window: &Window) {
+    let mut scratch: Vec<f32> = Vec::new();
+    let mut check: Option<(u32, u32, LungCheck)> = None;
+    while let Ok(job) = jobs.recv() {
+        let started = Instant::now();
+        let result = contained(|| {
+            let hu = slot_pixels(&job.decode.volume, job.slot)?;
+            let (rows, columns) = (job.decode.volume.rows(), job.decode.volume.columns());
+            if check.as_ref().is_none_or(|(r, c, _)| (*r, *c) != (rows, columns)) {
+                check = Some((rows, columns, LungCheck::new(rows, columns)));
+            }
+            let spacing = job.decode.header.geometry.as_ref().map_err(Clone::clone)?.pixel_spacing_mm;
+            let (_, _, check) = check.as_mut().expect("made above");
+            let lung = check.slice_stats(hu, spacing);
+            let plane = pool.take().map(|mut plane| {
+                scratch.resize(job.plan.scratch_len().max(scratch.len()), 0.0);
+                in_plane(&job.plan, window, hu, &mut scratch, plane.values_mut());
+                Arc::new(plane)
+            });
+            Ok(DecodedSlice::Filled { slot: job.slot, plane, lung })
+        });
+        let resample_s = started.elapsed().as_secs_f64();
+        events::StageTimed { stage: Stage::Resample, took: Duration::from_secs_f64(resample_s) }.emit();
+        let message = Decoded {
+            series: job.decode.series,
+            entry: job.decode.entry,
+            result,
+            decode_s: job.decode_s,
+            resample_s,
+        };
+        if decoded.send(message).is_err() {
+            return;
+        }
+    }
+}
+
+/// What turns an ordered stack into network input and an [`Inferred`]; owned by one inference worker.
+pub struct Judge {
+    preprocessing: Preprocessing,
+    input_dhw: [usize; 3],
+    head_weight: Arc<[f32]>,
+    session: Box<dyn Session>,
+    input: Vec<f32>,
+    scratch: Vec<f32>,
+}
+
+/// A volume ready for [`Judge::gather`].
+pub struct VolumeToJudge<'a> {
+    /// Geometry.
+    pub stack: &'a Stack,
+    /// HU of each slice, feet first.
+    pub hu: &'a [&'a [i16]],
+    /// In-plane resampled slices made earlier, where there are any.
+    pub planes: &'a [Option<&'a [f32]>],
+    /// The lung check of each slice.
+    pub lung: &'a [SliceLung],
+    /// Set when the run is to stop.
+    pub cancel: &'a CancelToken,
+}
+
+/// The part of an [`Inferred`] that does not hold the slices.
+#[derive(Debug)]
+pub struct Judged {
+    /// What the network said.
+    pub inference: Inference,
+    /// The activation map of the predicted class.
+    pub cam: crate::explain::Cam,
+    /// What the lung check says.
+    pub lung: lung::LungReport,
+    /// Where the planes lie.
+    pub depth: DepthPlan,
+    /// Where rows and columns lie.
+    pub in_plane: InPlanePlan,
+    /// Seconds of gathering.
+    pub gather_s: f64,
+    /// Seconds of the network.
+    pub infer_s: f64,
+    /// Seconds of the activation map.
+    pub cam_s: f64,
+}
+
+impl Judge {
+    /// A judge around an open session. `head_weight` is `fc.weight`, classes x channels.
+    pub fn new(
+        preprocessing: &Preprocessing,
+        input_dhw: [usize; 3],
+        head_weight: Arc<[f32]>,
+        session: Box<dyn Session>,
+    ) -> Self {
+        Self {
+            preprocessing: preprocessing.clone(),
+            input_dhw,
+            head_weight,
+            session,
+            input: vec![0.0; input_dhw.iter().product()],
+            scratch: Vec::new(),
+        }
+    }
+
+    /// The manifest's preprocessing.
+    pub fn preprocessing(&self) -> &Preprocessing {
+        &self.preprocessing
+    }
+
+    /// The window of the manifest.
+    pub fn window(&self) -> Window {
+        Window { center_hu: self.preprocessing.window_center_hu, width_hu: self.preprocessing.window_width_hu }
+    }
+
+    /// Checks for lungs, gathers the planes, runs the network, makes the activation map of the predicted class.
+    ///
+    /// # Errors
+    /// `no_lung`; `internal` when the backend fails. `Ok(None)` when cancelled.
+    pub fn judge(&mut self, volume: &VolumeToJudge<'_>) -> Result<Option<Judged>, Refusal> {
+        let [d, h, w] = self.input_dhw;
+        let stack = volume.stack;
+        let started = Instant::now();
+        let plan = InPlanePlan::new(
+            stack.rows,
+            stack.columns,
+            stack.in_plane,
+            self.preprocessing.crop_fraction,
+            [h, w],
+            [0.0, 0.0],
+        );
+        let lung = lung::judge(volume.lung, &stack.depth_mm, &plan)?;
+        let depth =
+            DepthPlan::new(&stack.depth_mm, self.preprocessing.depth_grid, self.preprocessing.slice_direction, d)?;
+        self.gather(volume, &plan, &depth);
+        let gather_s = started.elapsed().as_secs_f64();
+        let Some(judged) = self.infer(volume.cancel)? else { return Ok(None) };
+        let (inference, cam, infer_s, cam_s) = judged;
+        Ok(Some(Judged { inference, cam, lung, depth, in_plane: plan, gather_s, infer_s, cam_s }))
+    }
+
+    /// Fills the input. Every plane sums its slices in depth order, so it is the same to the bit whether the slices
+    /// were resampled on arrival or are resampled here.
+    fn gather(&mut self, volume: &VolumeToJudge<'_>, plan: &InPlanePlan, depth: &DepthPlan) {
+        let window = self.window();
+        let [d, h, w] = self.input_dhw;
+        let shear = volume.stack.shear_px.as_deref();
+        let ready = shear.is_none() && volume.planes.iter().all(Option::is_some);
+        if ready {
+            let planes: Vec<&[f32]> = volume.planes.iter().flatten().copied().collect();
+            for (plane, out) in self.input.chunks_exact_mut(h * w).enumerate() {
+                gather_plane(depth, plane, &planes, out);
+            }
+            return;
+        }
+        self.scratch.resize(plan.scratch_len().max(self.scratch.len()), 0.0);
+        // Only the slices of one plane are held at a time.
+        let mut held: Vec<(u32, Vec<f32>)> = Vec::new();
+        for plane in 0..d {
+            let (wanted, _) = depth.plane_weights(plane);
+            let mut kept: Vec<(u32, Vec<f32>)> = Vec::with_capacity(wanted.len());
+            let mut spare: Vec<Vec<f32>> = Vec::new();
+            for (index, values) in held.drain(..) {
+                if wanted.contains(&index) { kept.push((index, values)) } else { spare.push(values) }
+            }
+            for &index in wanted {
+                if kept.iter().any(|(i, _)| *i == index) {
+                    continue;
+                }
+                let mut values = spare.pop().unwrap_or_else(|| vec![0.0; h * w]);
+                let at = index as usize;
+                match (shear, volume.planes[at]) {
+                    (None, Some(made)) => values.copy_from_slice(made),
+                    (None, None) => in_plane(plan, &window, volume.hu[at], &mut self.scratch, &mut values),
+                    (Some(shear), _) => {
+                        in_plane(&plan.shifted(shear[at]), &window, volume.hu[at], &mut self.scratch, &mut values);
+                    }
+                }
+                kept.push((index, values));
+            }
+            let mut planes: Vec<&[f32]> = vec![&[]; volume.hu.len()];
+            for (index, values) in &kept {
+                planes[*index as usize] = values;
+            }
+            gather_plane(depth, plane, &planes, &mut self.input[plane * h * w..(plane + 1) * h * w]);
+            held = kept;
+        }
+    }
+
+    /// Runs the network on `input` as it is: D x H x W in [0, 1].
+    ///
+    /// # Errors
+    /// As [`Judge::judge`].
+    pub fn judge_tensor(&mut self, input: &[f32]) -> Result<(Inference, crate::explain::Cam, f64, f64), Refusal> {
+        self.input.copy_from_slice(input);
+        let done = self.infer(&CancelToken::new())?;
+        done.ok_or_else(|| Refusal::new(Reason::Internal, "the run was cancelled"))
+    }
+
+    fn infer(&mut self, cancel: &CancelToken) -> Result<Option<(Inference, crate::explain::Cam, f64, f64)>, Refusal> {
+        let started = Instant::now();
+        let mut inference = Inference::default();
+        match self.session.run(&self.input, cancel, &mut inference) {
+            Ok(()) => {}
+            Err(EngineError::Cancelled) => return Ok(None),
+            Err(error) => return Err(Refusal::new(Reason::Internal, format!("run the network: {error}"))),
+        }
+        if inference.logits.iter().any(|v| !v.is_finite()) {
+            return Err(Refusal::new(Reason::Internal, "the network gave a logit that is not finite"));
+        }
+        let infer_s = started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        let cam = class_activation_map(&inference, &self.head_weight, predicted(&inference.logits));
+        Ok(Some((inference, cam, infer_s, started.elapsed().as_secs_f64())))
+    }
+}
+
+/// Index of the largest logit; the first of equals.
+pub fn predicted(logits: &[f32]) -> usize {
+    let mut best = 0;
+    for (i, v) in logits.iter().enumerate() {
+        if *v > logits[best] {
+            best = i;
+        }
+    }
+    best
+}
+
+/// The inference worker; ends when its queue closes.
+pub fn infer_worker(jobs: &Receiver<InferJob>, done: &Sender<InferDone>, mut judge: Judge) {
+    while let Ok(job) = jobs.recv() {
+        let result = contained(|| infer_one(&mut judge, &job));
+        if done.send(InferDone { series: job.series, version: job.version, result }).is_err() {
+            return;
+        }
+    }
+}
+
+fn infer_one(judge: &mut Judge, job: &InferJob) -> Result<Option<Box<Inferred>>, Refusal> {
+    if job.cancel.is_cancelled() {
+        return Ok(None);
+    }
+    let mut hu = Vec::with_capacity(job.slices.len());
+    for slice in &job.slices {
+        hu.push(slot_pixels(&slice.volume, slice.slot)?);
+    }
+    let planes: Vec<Option<&[f32]>> = job.slices.iter().map(|s| s.plane.as_ref().map(|p| p.values())).collect();
+    let lung: Vec<SliceLung> = job.slices.iter().map(|s| s.lung.clone()).collect();
+    let volume = VolumeToJudge { stack: &job.stack, hu: &hu, planes: &planes, lung: &lung, cancel: &job.cancel };
+    let Some(judged) = judge.judge(&volume)? else { return Ok(None) };
+    events::StageTimed { stage: Stage::Resample, took: Duration::from_secs_f64(judged.gather_s) }.emit();
+    events::StageTimed { stage: Stage::Infer, took: Duration::from_secs_f64(judged.infer_s) }.emit();
+    events::StageTimed { stage: Stage::Explain, took: Duration::from_secs_f64(judged.cam_s) }.emit();
+    let slices: Vec<SliceHandle> = job.slices.clone();
+    Ok(Some(Box::new(Inferred {
+        inference: judged.inference,
+        cam: judged.cam,
+        lung: judged.lung,
+        depth: judged.depth,
+        in_plane: judged.in_plane,
+        stack: job.stack.clone(),
+        slices,
+        gather_s: judged.gather_s,
+        infer_s: judged.infer_s,
+        cam_s: judged.cam_s,
+    })))
+}
