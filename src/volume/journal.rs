@@ -1,0 +1,881 @@
+//! The journal of a series: every received data set, as encoded, appended with its length and checksums.
+//!
+//! Input: data sets as the wire carried them. Output: records that survive what [`JournalWriter::sync`] promises. The
+//! journal is the truth of a series; the volume, results and pictures can be rebuilt from it. Layout and protocol:
+//! `docs/formats.md`.
+//!
+//! Invariants:
+//! - a record lies before the file's end in one piece, or it is not there: [`JournalWriter::append`] restores the
+//!   file on failure, and [`JournalWriter::open`] cuts what a crash left half-written;
+//! - what was synced is never dropped in silence: damage before the last good record is reported ([`Recovery`]);
+//! - one writer a file (an exclusive lock), any number of readers;
+//! - after a failed sync the writer refuses all work, because what is on the disk is no longer known.
+//!
+//! Cost of an append: one checksum pass over the payload and one `pwritev`, no allocation beyond the head's buffer,
+//! which is kept; a `fallocate` every 16 MiB.
+//!
+//! Deliberately absent: knowledge of DICOM (the UIDs are strings here), deletion (retention removes whole files), an
+//! index (the caller keeps the [`RecordRef`]s), locks (a writer is owned by one thread).
+
+use std::fmt;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, IoSlice, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use crate::volume::layout::journal::*;
+
+/// Bytes read at a time while scanning.
+const SCAN_LEN: usize = 1 << 20;
+const ZEROS: [u8; ALIGN] = [0; ALIGN];
+
+/// What went wrong with a journal.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The disk or the quota is full; the file is as it was.
+    #[error("journal {operation}: no space left on the disk or in the quota; nothing was written")]
+    NoSpace {
+        /// What was tried.
+        operation: &'static str,
+    },
+    /// The operating system refused.
+    #[error("journal {operation}: {source}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// A part of a record is longer than the format takes.
+    #[error("journal append: {what}: expected at most {max} bytes, got {len}")]
+    TooLarge {
+        /// Which part.
+        what: &'static str,
+        /// Its length in bytes.
+        len: u64,
+        /// The bound.
+        max: u64,
+    },
+    /// The file does not start as a journal does.
+    #[error("journal open: not a journal (other magic)")]
+    NotAJournal,
+    /// The file has a layout this program does not know.
+    #[error("journal open: expected version {VERSION}, got {found}; use the program that wrote it")]
+    Version {
+        /// The version found.
+        found: u32,
+    },
+    /// The file header's checksum is wrong.
+    #[error("journal open: header checksum does not match")]
+    HeaderDamaged,
+    /// The bytes at a record's place are not that record.
+    #[error("journal read: record at offset {offset}: {what}")]
+    Damaged {
+        /// Where the record starts.
+        offset: u64,
+        /// What does not match.
+        what: &'static str,
+    },
+    /// Another writer has the file.
+    #[error("journal open: in use by another writer")]
+    Locked,
+    /// An earlier sync or cut failed.
+    #[error("journal: an earlier write failed and the file's state is unknown; open it again")]
+    Poisoned,
+}
+
+impl JournalError {
+    /// Whether the cause is a full disk or quota (to be answered 0xA700).
+    pub fn is_no_space(&self) -> bool {
+        matches!(self, JournalError::NoSpace { .. })
+    }
+
+    fn io(operation: &'static str, source: impl Into<io::Error>) -> Self {
+        let source = source.into();
+        if no_space(&source) { JournalError::NoSpace { operation } } else { JournalError::Io { operation, source } }
+    }
+}
+
+/// Whether an error means that the file system takes no more bytes: full disk, full quota, largest file.
+pub(crate) fn no_space(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    [Errno::NOSPC, Errno::DQUOT, Errno::FBIG].into_iter().any(|e| errno == Some(e))
+}
+
+/// Where a record lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RecordRef {
+    /// First byte of the record.
+    pub offset: u64,
+    /// First byte of its payload.
+    pub payload_offset: u64,
+    /// Bytes of its payload.
+    pub payload_len: u64,
+}
+
+impl RecordRef {
+    /// First byte after the record and its padding.
+    fn end(&self) -> u64 {
+        // A record's place was checked against the file's length, far below the overflow.
+        self.payload_offset + (self.payload_len + ALIGN as u64 - 1) / ALIGN as u64 * ALIGN as u64
+    }
+}
+
+/// What a record's payload is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RecordKind {
+    /// A DICOM data set in the record's transfer syntax, without file meta information.
+    Dataset,
+    /// A small note of the program's own (released, published revision).
+    Note,
+}
+
+impl RecordKind {
+    fn to_u16(self) -> u16 {
+        match self {
+            RecordKind::Dataset => KIND_DATASET,
+            RecordKind::Note => KIND_NOTE,
+        }
+    }
+
+    fn from_u16(value: u64) -> Option<Self> {
+        [RecordKind::Dataset, RecordKind::Note].into_iter().find(|k| u64::from(k.to_u16()) == value)
+    }
+}
+
+/// What a record says about its payload.
+///
+/// `Debug` hides the instance UID.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct RecordHead<'a> {
+    /// What the payload is.
+    pub kind: RecordKind,
+    /// TransferSyntaxUID of the payload.
+    pub transfer_syntax_uid: &'a str,
+    /// SOPClassUID.
+    pub sop_class_uid: &'a str,
+    /// SOPInstanceUID.
+    pub sop_instance_uid: &'a str,
+    /// When its last byte was received, nanoseconds since 1970-01-01 UTC.
+    pub received_unix_ns: u64,
+}
+
+/// [`RecordHead`] with strings of its own.
+///
+/// `Debug` hides the instance UID.
+#[derive(Clone, PartialEq, Eq)]
+pub struct OwnedRecordHead {
+    /// What the payload is.
+    pub kind: RecordKind,
+    /// TransferSyntaxUID of the payload.
+    pub transfer_syntax_uid: String,
+    /// SOPClassUID.
+    pub sop_class_uid: String,
+    /// SOPInstanceUID.
+    pub sop_instance_uid: String,
+    /// When its last byte was received, nanoseconds since 1970-01-01 UTC.
+    pub received_unix_ns: u64,
+}
+
+impl OwnedRecordHead {
+    /// The same, borrowed.
+    pub fn as_head(&self) -> RecordHead<'_> {
+        RecordHead {
+            kind: self.kind,
+            transfer_syntax_uid: &self.transfer_syntax_uid,
+            sop_class_uid: &self.sop_class_uid,
+            sop_instance_uid: &self.sop_instance_uid,
+            received_unix_ns: self.received_unix_ns,
+        }
+    }
+}
+
+impl fmt::Debug for RecordHead<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RecordHead")
+            .field("kind", &self.kind)
+            .field("transfer_syntax_uid", &self.transfer_syntax_uid)
+            .field("sop_class_uid", &self.sop_class_uid)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for OwnedRecordHead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.as_head().fmt(f)
+    }
+}
+
+/// Bytes of the journal that are no good record although a good one follows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// First byte.
+    pub offset: u64,
+    /// How many.
+    pub len: u64,
+    /// Records lost here.
+    pub records: u64,
+    /// The record's head, when only the payload is damaged.
+    pub head: Option<OwnedRecordHead>,
+}
+
+/// What opening a journal found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovery {
+    /// Good records.
+    pub records: u64,
+    /// Bytes of the torn tail that were cut, zeros at its end not counted.
+    pub torn_bytes: u64,
+    /// Heads of cut records of which only the payload was torn.
+    pub torn_heads: Vec<OwnedRecordHead>,
+    /// Damage before the last good record, in order. It stays in the file.
+    pub damage: Vec<Damage>,
+}
+
+/// Everything a scan found.
+struct Scan {
+    journal_id: u64,
+    records: Vec<(RecordRef, OwnedRecordHead)>,
+    end: u64,
+    next_sequence: u64,
+    recovery: Recovery,
+}
+
+/// Appends to one journal.
+///
+/// Space taken ahead is given back when the writer is dropped.
+#[derive(Debug)]
+pub struct JournalWriter {
+    file: Arc<File>,
+    journal_id: u64,
+    len: u64,
+    allocated: u64,
+    sequence: u64,
+    preallocate: bool,
+    poisoned: bool,
+    dirty: bool,
+    head: Vec<u8>,
+    recovery: Recovery,
+    #[cfg(test)]
+    fault: tests::Fault,
+}
+
+impl JournalWriter {
+    /// Makes a journal. It and its name are on the disk when this returns.
+    ///
+    /// # Errors
+    /// `Io` when the file exists or cannot be made; `NoSpace`.
+    pub fn create(path: &Path) -> Result<Self, JournalError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|e| JournalError::io("create", e))?;
+        lock(&file)?;
+        let journal_id = write_header(&file)?;
+        sync_folder(path)?;
+        Ok(Self::new(file, journal_id, HEADER_LEN as u64, 0, Recovery::default()))
+    }
+
+    /// Opens a journal to append: verifies every record, cuts a torn tail, returns the good records in order.
+    /// [`recovery`](Self::recovery) says what was cut and what is damaged.
+    ///
+    /// Reads the whole file once.
+    ///
+    /// # Errors
+    /// `Io`, `Locked`, `NotAJournal`, `Version`, `HeaderDamaged`; the file is then unchanged.
+    pub fn open(path: &Path) -> Result<(Self, Vec<(RecordRef, OwnedRecordHead)>), JournalError> {
+        let file =
+            OpenOptions::new().read(true).write(true).open(path).map_err(|e| JournalError::io("open", e))?;
+        lock(&file)?;
+        let file_len = file.metadata().map_err(|e| JournalError::io("open", e))?.len();
+        if never_announced(&file, file_len)? {
+            file.set_len(0).map_err(|e| JournalError::io("cut", e))?;
+            let journal_id = write_header(&file)?;
+            sync_folder(path)?;
+            let recovery = Recovery { torn_bytes: file_len, ..Recovery::default() };
+            return Ok((Self::new(file, journal_id, HEADER_LEN as u64, 0, recovery), Vec::new()));
+        }
+        let scan = scan(&file, file_len)?;
+        if file_len > scan.end {
+            file.set_len(scan.end).map_err(|e| JournalError::io("cut", e))?;
+            file.sync_data().map_err(|e| JournalError::io("sync", e))?;
+        }
+        Ok((Self::new(file, scan.journal_id, scan.end, scan.next_sequence, scan.recovery), scan.records))
+    }
+
+    fn new(file: File, journal_id: u64, len: u64, sequence: u64, recovery: Recovery) -> Self {
+        Self {
+            file: Arc::new(file),
+            journal_id,
+            len,
+            allocated: len,
+            sequence,
+            preallocate: true,
+            poisoned: false,
+            dirty: false,
+            head: Vec::with_capacity(RECORD_HEAD_LEN + 3 * MAX_UID_LEN + ALIGN),
+            recovery,
+            #[cfg(test)]
+            fault: tests::Fault::default(),
+        }
+    }
+
+    /// Appends a record with one positional vectored write. It is durable after the next [`sync`](Self::sync).
+    ///
+    /// # Errors
+    /// `TooLarge`, `NoSpace`, `Io`: the file is as before. `Poisoned` when it could not be made so, or an earlier sync
+    /// failed.
+    pub fn append(&mut self, head: &RecordHead<'_>, payload: &[u8]) -> Result<RecordRef, JournalError> {
+        if self.poisoned {
+            return Err(JournalError::Poisoned);
+        }
+        encode_head(&mut self.head, self.journal_id, self.sequence, head, payload)?;
+        let record = RecordRef {
+            offset: self.len,
+            payload_offset: self.len + self.head.len() as u64,
+            payload_len: payload.len() as u64,
+        };
+        let end = record.end();
+        self.allocate(end)?;
+        let padding = (end - record.payload_offset - record.payload_len) as usize;
+        if let Err(source) = self.write(payload, padding) {
+            self.restore();
+            return Err(JournalError::io("append", source));
+        }
+        self.len = end;
+        self.allocated = self.allocated.max(end);
+        self.sequence += 1;
+        self.dirty = true;
+        Ok(record)
+    }
+
+    /// Takes space for the bytes up to `end`, and some ahead. A file system without `fallocate` is left to the write.
+    fn allocate(&mut self, end: u64) -> Result<(), JournalError> {
+        if !self.preallocate || end <= self.allocated {
+            return Ok(());
+        }
+        let mut wanted = [end.max(self.allocated + PREALLOCATE_LEN), end].into_iter();
+        loop {
+            let Some(to) = wanted.next() else {
+                // Gives back what a failed call took all the same.
+                self.restore();
+                return Err(JournalError::NoSpace { operation: "append" });
+            };
+            let from = self.allocated;
+            match retry(|| rustix::fs::fallocate(&*self.file, FallocateFlags::KEEP_SIZE, from, to - from)) {
+                Ok(()) => {
+                    self.allocated = to;
+                    return Ok(());
+                }
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                    self.preallocate = false;
+                    return Ok(());
+                }
+                Err(error) if no_space(&error.into()) => {}
+                Err(error) => return Err(JournalError::io("append", error)),
+            }
+        }
+    }
+
+    /// Cuts the file back to its records. Also drops the space taken ahead, which the next append asks for again.
+    fn restore(&mut self) {
+        self.allocated = self.len;
+        if self.file.set_len(self.len).is_err() {
+            self.poisoned = true;
+        }
+    }
+
+    /// Head, payload and padding at the end of the file.
+    fn write(&mut self, payload: &[u8], padding: usize) -> io::Result<()> {
+        let mut parts = [IoSlice::new(&self.head), IoSlice::new(payload), IoSlice::new(&ZEROS[..padding])];
+        let mut parts = &mut parts[..];
+        let mut at = self.len;
+        IoSlice::advance_slices(&mut parts, 0);
+        while !parts.is_empty() {
+            #[cfg(test)]
+            if let Some(result) = self.fault.write(&self.file, parts, at) {
+                let written = result?;
+                at += written as u64;
+                IoSlice::advance_slices(&mut parts, written);
+                continue;
+            }
+            let written = retry(|| rustix::io::pwritev(&*self.file, parts, at))?;
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            at += written as u64;
+            IoSlice::advance_slices(&mut parts, written);
+        }
+        Ok(())
+    }
+
+    /// Makes all appended records durable (`fdatasync`). Only after it may they be acknowledged.
+    ///
+    /// # Errors
+    /// `Io` or `NoSpace`: what is on the disk is not known; every later call says `Poisoned`.
+    pub fn sync(&mut self) -> Result<(), JournalError> {
+        if self.poisoned {
+            return Err(JournalError::Poisoned);
+        }
+        if !self.dirty {
+            return Ok(());
+        }
+        if let Err(source) = self.file.sync_data() {
+            self.poisoned = true;
+            return Err(JournalError::io("sync", source));
+        }
+        self.dirty = false;
+        Ok(())
+    }
+
+    /// Bytes of the file, header included.
+    // A journal is never empty in this sense: it has its header.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Number of the next record.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// What [`open`](Self::open) found; empty after [`create`](Self::create).
+    pub fn recovery(&self) -> &Recovery {
+        &self.recovery
+    }
+
+    /// A reader of the same file.
+    ///
+    /// # Errors
+    /// None today; the result leaves room for a reader with a descriptor of its own.
+    pub fn reader(&self) -> Result<JournalReader, JournalError> {
+        Ok(JournalReader { file: Arc::clone(&self.file), journal_id: self.journal_id })
+    }
+}
+
+impl Drop for JournalWriter {
+    fn drop(&mut self) {
+        // Gives the space beyond the end back; if that fails, the next open does it.
+        if !self.poisoned && self.allocated > self.len {
+            let _ = self.file.set_len(self.len);
+        }
+        // Readers share the descriptor and would keep the lock.
+        let _ = self.file.unlock();
+    }
+}
+
+/// Reads records of one journal, from any thread, while it is written or not.
+#[derive(Clone, Debug)]
+pub struct JournalReader {
+    file: Arc<File>,
+    journal_id: u64,
+}
+
+impl JournalReader {
+    /// Opens a journal to read.
+    ///
+    /// # Errors
+    /// `Io`, `NotAJournal`, `Version`, `HeaderDamaged`.
+    pub fn open(path: &Path) -> Result<Self, JournalError> {
+        let file = File::open(path).map_err(|e| JournalError::io("open", e))?;
+        let journal_id = read_header(&file)?;
+        Ok(Self { file: Arc::new(file), journal_id })
+    }
+
+    /// Reads the payload of a record into `out` (whose capacity is reused) and verifies head and payload.
+    ///
+    /// # Errors
+    /// `Damaged` when the bytes are not the record `r` names; `Io`. `out` then holds nothing of use.
+    pub fn read(&self, r: RecordRef, out: &mut Vec<u8>) -> Result<OwnedRecordHead, JournalError> {
+        let damaged = |what| JournalError::Damaged { offset: r.offset, what };
+        let read = |bytes: &mut [u8], at| match self.file.read_exact_at(bytes, at) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(damaged("the file ends before it")),
+            Err(source) => Err(JournalError::Io { operation: "read", source }),
+        };
+        let head_len = r.payload_offset.checked_sub(r.offset).filter(|l| *l <= MAX_HEAD_LEN as u64);
+        let Some(head_len) = head_len.filter(|l| *l >= RECORD_HEAD_LEN as u64) else {
+            return Err(damaged("no such record"));
+        };
+        let mut head = [0u8; MAX_HEAD_LEN];
+        let head = &mut head[..head_len as usize];
+        read(head, r.offset)?;
+        let parsed = parse_head(head, self.journal_id).ok_or_else(|| damaged("head checksum does not match"))?;
+        if parsed.head_len as u64 != head_len || parsed.payload_len != r.payload_len {
+            return Err(damaged("no such record"));
+        }
+        // Bounded by MAX_PAYLOAD_LEN, which parse_head checked.
+        out.resize(parsed.payload_len as usize, 0);
+        read(out, r.payload_offset)?;
+        let mut checksum = seeded(self.journal_id);
+        checksum.update(out);
+        if checksum.finalize() != parsed.payload_crc32 {
+            return Err(damaged("payload checksum does not match"));
+        }
+        Ok(parsed.head)
+    }
+
+    /// Scans the file as [`JournalWriter::open`] does and changes nothing: the good records, and what a writer would
+    /// cut or report.
+    ///
+    /// # Errors
+    /// `Io`, `HeaderDamaged`.
+    pub fn scan(&self) -> Result<(Vec<(RecordRef, OwnedRecordHead)>, Recovery), JournalError> {
+        let file_len = self.file.metadata().map_err(|e| JournalError::io("read", e))?.len();
+        let scan = scan(&self.file, file_len)?;
+        Ok((scan.records, scan.recovery))
+    }
+}
+
+/// Head and strings, padded.
+const MAX_HEAD_LEN: usize = RECORD_HEAD_LEN + 3 * MAX_UID_LEN + ALIGN;
+
+fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            other => return other,
+        }
+    }
+}
+
+/// Takes the file for one process. File systems that cannot lock are let through.
+pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(e)) => match Errno::from_io_error(&e) {
+            Some(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(true),
+            _ => Err(e),
+        },
+    }
+}
+
+fn lock(file: &File) -> Result<(), JournalError> {
+    match try_lock(file) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(JournalError::Locked),
+        Err(e) => Err(JournalError::io("lock", e)),
+    }
+}
+
+/// Makes a file's name durable.
+fn sync_folder(path: &Path) -> Result<(), JournalError> {
+    let folder = match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    File::open(folder).and_then(|f| f.sync_all()).map_err(|e| JournalError::io("sync of the folder", e))
+}
+
+fn unix_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// A random number for a file's id.
+pub(crate) fn random_id() -> io::Result<u64> {
+    let mut bytes = [0u8; 8];
+    getrandom::fill(&mut bytes).map_err(|e| io::Error::other(e.to_string()))?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+fn seeded(id: u64) -> crc32fast::Hasher {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&id.to_le_bytes());
+    hasher
+}
+
+/// Writes and syncs the header of an empty file; returns the journal id.
+fn write_header(file: &File) -> Result<u64, JournalError> {
+    let journal_id = random_id().map_err(|e| JournalError::io("create", e))?;
+    let mut header = [0u8; HEADER_LEN];
+    H_MAGIC.put(&mut header, &MAGIC);
+    H_VERSION.put_uint(&mut header, u64::from(VERSION));
+    H_HEADER_LEN.put_uint(&mut header, HEADER_LEN as u64);
+    H_CREATED.put_uint(&mut header, unix_ns());
+    H_JOURNAL_ID.put_uint(&mut header, journal_id);
+    let checksum = crc32fast::hash(&header[..H_CHECKSUM.offset]);
+    H_CHECKSUM.put_uint(&mut header, u64::from(checksum));
+    file.write_all_at(&header, 0).map_err(|e| JournalError::io("create", e))?;
+    file.sync_data().map_err(|e| JournalError::io("create", e))?;
+    Ok(journal_id)
+}
+
+/// Checks the header; returns the journal id.
+fn read_header(file: &File) -> Result<u64, JournalError> {
+    let mut header = [0u8; HEADER_LEN];
+    match file.read_exact_at(&mut header, 0) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(JournalError::NotAJournal),
+        Err(e) => return Err(JournalError::io("open", e)),
+    }
+    if H_MAGIC.of(&header) != MAGIC {
+        return Err(JournalError::NotAJournal);
+    }
+    if H_CHECKSUM.get_uint(&header) != u64::from(crc32fast::hash(&header[..H_CHECKSUM.offset])) {
+        // A version that moved the checksum would end here too; its number says more.
+        let found = H_VERSION.get_uint(&header) as u32;
+        return Err(if found == VERSION { JournalError::HeaderDamaged } else { JournalError::Version { found } });
+    }
+    if H_VERSION.get_uint(&header) != u64::from(VERSION) || H_HEADER_LEN.get_uint(&header) != HEADER_LEN as u64 {
+        return Err(JournalError::Version { found: H_VERSION.get_uint(&header) as u32 });
+    }
+    Ok(H_JOURNAL_ID.get_uint(&header))
+}
+
+/// Whether the file ended before its header was whole, so that no record in it was ever acknowledged.
+fn never_announced(file: &File, file_len: u64) -> Result<bool, JournalError> {
+    let mut start = Vec::new();
+    let mut at = Positioned { file, at: 0 };
+    at.by_ref().take(HEADER_LEN as u64).read_to_end(&mut start).map_err(|e| JournalError::io("open", e))?;
+    if file_len < HEADER_LEN as u64 {
+        // What is there must be the start of a header: another program's small file is not overwritten.
+        let known = start.len().min(MAGIC.len());
+        return Ok(start[..known] == MAGIC[..known] || start.iter().all(|&b| b == 0));
+    }
+    if start.iter().any(|&b| b != 0) {
+        return Ok(false);
+    }
+    Ok(last_nonzero(file, 0, file_len)?.is_none())
+}
+
+/// Reads a file from a position without moving its cursor.
+struct Positioned<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Read for Positioned<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read_at(buf, self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+/// Offset of the last byte in `from..to` that is not zero.
+fn last_nonzero(file: &File, from: u64, to: u64) -> Result<Option<u64>, JournalError> {
+    let mut buffer = vec![0u8; SCAN_LEN.min((to - from) as usize)];
+    let mut end = to;
+    while end > from {
+        let n = (end - from).min(SCAN_LEN as u64);
+        let part = &mut buffer[..n as usize];
+        file.read_exact_at(part, end - n).map_err(|e| JournalError::io("open", e))?;
+        if let Some(i) = part.iter().rposition(|&b| b != 0) {
+            return Ok(Some(end - n + i as u64));
+        }
+        end -= n;
+    }
+    Ok(None)
+}
+
+fn encode_head(
+    out: &mut Vec<u8>,
+    journal_id: u64,
+    sequence: u64,
+    head: &RecordHead<'_>,
+    payload: &[u8],
+) -> Result<(), JournalError> {
+    let too_large = |what, len: usize, max| JournalError::TooLarge { what, len: len as u64, max };
+    let strings = [
+        ("TransferSyntaxUID", head.transfer_syntax_uid, R_TRANSFER_SYNTAX_LEN),
+        ("SOPClassUID", head.sop_class_uid, R_SOP_CLASS_LEN),
+        ("SOPInstanceUID", head.sop_instance_uid, R_SOP_INSTANCE_LEN),
+    ];
+    for (what, text, _) in strings {
+        if text.len() > MAX_UID_LEN {
+            return Err(too_large(what, text.len(), MAX_UID_LEN as u64));
+        }
+    }
+    if payload.len() as u64 > MAX_PAYLOAD_LEN {
+        return Err(too_large("payload", payload.len(), MAX_PAYLOAD_LEN));
+    }
+    let mut fixed = [0u8; RECORD_HEAD_LEN];
+    R_MAGIC.put(&mut fixed, &RECORD_MAGIC);
+    R_KIND.put_uint(&mut fixed, u64::from(head.kind.to_u16()));
+    R_SEQUENCE.put_uint(&mut fixed, sequence);
+    R_RECEIVED.put_uint(&mut fixed, head.received_unix_ns);
+    R_PAYLOAD_LEN.put_uint(&mut fixed, payload.len() as u64);
+    let mut checksum = seeded(journal_id);
+    checksum.update(payload);
+    R_PAYLOAD_CHECKSUM.put_uint(&mut fixed, u64::from(checksum.finalize()));
+    let mut checksum = seeded(journal_id);
+    for (_, text, field) in strings {
+        field.put_uint(&mut fixed, text.len() as u64);
+    }
+    checksum.update(&fixed[..R_HEAD_CHECKSUM.offset]);
+    out.clear();
+    out.extend_from_slice(&fixed);
+    for (_, text, _) in strings {
+        checksum.update(text.as_bytes());
+        out.extend_from_slice(text.as_bytes());
+    }
+    R_HEAD_CHECKSUM.put_uint(out, u64::from(checksum.finalize()));
+    out.resize(out.len().next_multiple_of(ALIGN), 0);
+    Ok(())
+}
+
+struct ParsedHead {
+    head: OwnedRecordHead,
+    sequence: u64,
+    /// Head, strings and padding.
+    head_len: usize,
+    payload_len: u64,
+    payload_crc32: u32,
+}
+
+/// Parses and verifies a head at the start of `bytes`; `None` when it is none or is cut.
+fn parse_head(bytes: &[u8], journal_id: u64) -> Option<ParsedHead> {
+    let fixed = bytes.get(..RECORD_HEAD_LEN)?;
+    if R_MAGIC.of(fixed) != RECORD_MAGIC {
+        return None;
+    }
+    let lens = [R_TRANSFER_SYNTAX_LEN, R_SOP_CLASS_LEN, R_SOP_INSTANCE_LEN].map(|f| f.get_uint(fixed) as usize);
+    if lens.iter().any(|&l| l > MAX_UID_LEN) {
+        return None;
+    }
+    let strings = bytes.get(RECORD_HEAD_LEN..RECORD_HEAD_LEN + lens.iter().sum::<usize>())?;
+    let mut checksum = seeded(journal_id);
+    checksum.update(&fixed[..R_HEAD_CHECKSUM.offset]);
+    checksum.update(strings);
+    if u64::from(checksum.finalize()) != R_HEAD_CHECKSUM.get_uint(fixed) {
+        return None;
+    }
+    let payload_len = R_PAYLOAD_LEN.get_uint(fixed);
+    if payload_len > MAX_PAYLOAD_LEN {
+        return None;
+    }
+    let (transfer_syntax, rest) = strings.split_at(lens[0]);
+    let (sop_class, sop_instance) = rest.split_at(lens[1]);
+    let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+    Some(ParsedHead {
+        head: OwnedRecordHead {
+            kind: RecordKind::from_u16(R_KIND.get_uint(fixed))?,
+            transfer_syntax_uid: text(transfer_syntax)?,
+            sop_class_uid: text(sop_class)?,
+            sop_instance_uid: text(sop_instance)?,
+            received_unix_ns: R_RECEIVED.get_uint(fixed),
+        },
+        sequence: R_SEQUENCE.get_uint(fixed),
+        head_len: (RECORD_HEAD_LEN + strings.len()).next_multiple_of(ALIGN),
+        payload_len,
+        payload_crc32: R_PAYLOAD_CHECKSUM.get_uint(fixed) as u32,
+    })
+}
+
+/// A window on the file that moves forward.
+struct Window<'a> {
+    file: &'a File,
+    file_len: u64,
+    buffer: Vec<u8>,
+    start: u64,
+    filled: usize,
+}
+
+impl Window<'_> {
+    /// Up to `len` bytes at `at`, fewer at the end of the file.
+    fn bytes(&mut self, at: u64, len: usize) -> Result<&[u8], JournalError> {
+        let len = len.min(usize::try_from(self.file_len.saturating_sub(at)).unwrap_or(usize::MAX));
+        if at < self.start || at + len as u64 > self.start + self.filled as u64 {
+            let n = SCAN_LEN.max(len).min((self.file_len - at) as usize);
+            self.buffer.resize(SCAN_LEN.max(len), 0);
+            self.filled = 0;
+            self.file.read_exact_at(&mut self.buffer[..n], at).map_err(|e| JournalError::io("open", e))?;
+            (self.start, self.filled) = (at, n);
+        }
+        let from = (at - self.start) as usize;
+        Ok(&self.buffer[from..from + len])
+    }
+}
+
+/// Reads the whole file; see "Recovery" in `docs/formats.md`.
+fn scan(file: &File, file_len: u64) -> Result<Scan, JournalError> {
+    let journal_id = read_header(file)?;
+    let mut window = Window { file, file_len, buffer: Vec::new(), start: 0, filled: 0 };
+    let mut records: Vec<(RecordRef, OwnedRecordHead)> = Vec::new();
+    let mut damage: Vec<Damage> = Vec::new();
+    let mut good_damage = 0;
+    let (mut good_end, mut good_sequence) = (HEADER_LEN as u64, 0);
+    let (mut at, mut sequence) = (good_end, 0u64);
+    while at < file_len {
+        let parsed = parse_head(window.bytes(at, MAX_HEAD_LEN)?, journal_id).filter(|p| p.sequence >= sequence);
+        let Some(parsed) = parsed else {
+            let Some((next, next_sequence)) = next_head(&mut window, at, journal_id, sequence)? else { break };
+            damage.push(Damage { offset: at, len: next - at, records: next_sequence - sequence, head: None });
+            (at, sequence) = (next, next_sequence);
+            continue;
+        };
+        let record = RecordRef {
+            offset: at,
+            payload_offset: at + parsed.head_len as u64,
+            payload_len: parsed.payload_len,
+        };
+        let end = record.end();
+        if end > file_len {
+            break;
+        }
+        // The jump without any bytes between cannot come from a writer, but from lost ones.
+        if parsed.sequence > sequence {
+            damage.push(Damage { offset: at, len: 0, records: parsed.sequence - sequence, head: None });
+        }
+        let mut checksum = seeded(journal_id);
+        let payload_end = record.payload_offset + record.payload_len;
+        let mut from = record.payload_offset;
+        while from < payload_end {
+            let n = (payload_end - from).min(SCAN_LEN as u64) as usize;
+            checksum.update(window.bytes(from, n)?);
+            from += n as u64;
+        }
+        if checksum.finalize() == parsed.payload_crc32 {
+            records.push((record, parsed.head));
+            (good_end, good_sequence, good_damage) = (end, parsed.sequence + 1, damage.len());
+        } else {
+            damage.push(Damage { offset: at, len: end - at, records: 1, head: Some(parsed.head) });
+        }
+        (at, sequence) = (end, parsed.sequence + 1);
+    }
+    let torn = damage.split_off(good_damage);
+    let torn_bytes = last_nonzero(file, good_end, file_len)?.map_or(0, |last| last + 1 - good_end);
+    let recovery = Recovery {
+        records: records.len() as u64,
+        torn_bytes,
+        torn_heads: torn.into_iter().filter_map(|d| d.head).collect(),
+        damage,
+    };
+    Ok(Scan { journal_id, records, end: good_end, next_sequence: good_sequence, recovery })
+}
+
+/// The next right head after `from` whose sequence is at least `sequence`.
+fn next_head(
+    window: &mut Window<'_>,
+    from: u64,
+    journal_id: u64,
+    sequence: u64,
+) -> Result<Option<(u64, u64)>, JournalError> {
+    let mut at = from + ALIGN as u64;
+    while at < window.file_len {
+        let bytes = window.bytes(at, SCAN_LEN / 2)?;
+        let here = bytes.chunks(ALIGN).position(|c| c.starts_with(&RECORD_MAGIC));
+        let Some(blocks) = here else {
+            at += bytes.len().next_multiple_of(ALIGN) as u64;
+            continue;
+        };
+        at += (blocks * ALIGN) as u64;
+        if let Some(parsed) = parse_head(window.bytes(at, MAX_HEAD_LEN)?, journal_id) {
+            if parsed.sequence >= sequence {
+                return Ok(Some((at, parsed.sequence)));
+            }
+        }
+        at += ALIGN as u64;
+    }
+    Ok(None)
+}
