@@ -116,13 +116,8 @@ impl<'a> Walker<'a> {
         let value: &[u8] = if head.length == UNDEFINED {
             // An undefined-length UN is a sequence in implicit VR little endian (PS3.5 6.2.2 note 7).
             let unknown = head.vr == *b"UN";
-            self.pos = skip_sequence(
-                self.bytes,
-                head.value_at,
-                self.explicit && !unknown,
-                self.big_endian && !unknown,
-                0,
-            )?;
+            self.pos =
+                skip_sequence(self.bytes, head.value_at, self.explicit && !unknown, self.big_endian && !unknown, 0)?;
             &[]
         } else {
             let end = head.value_at + head.length as usize;
@@ -175,8 +170,27 @@ fn read_head(bytes: &[u8], at: usize, explicit: bool, big_endian: bool) -> Resul
 fn short_length(vr: [u8; 2]) -> bool {
     matches!(
         &vr,
-        b"AE" | b"AS" | b"AT" | b"CS" | b"DA" | b"DS" | b"DT" | b"FL" | b"FD" | b"IS" | b"LO" | b"LT" | b"PN" | b"SH"
-            | b"SL" | b"SS" | b"ST" | b"TM" | b"UI" | b"UL" | b"US"
+        b"AE"
+            | b"AS"
+            | b"AT"
+            | b"CS"
+            | b"DA"
+            | b"DS"
+            | b"DT"
+            | b"FL"
+            | b"FD"
+            | b"IS"
+            | b"LO"
+            | b"LT"
+            | b"PN"
+            | b"SH"
+            | b"SL"
+            | b"SS"
+            | b"ST"
+            | b"TM"
+            | b"UI"
+            | b"UL"
+            | b"US"
     )
 }
 
@@ -246,7 +260,12 @@ impl<'a> PixelData<'a> {
                     first = false;
                     at = end;
                 }
-                _ => return Err(DatasetError::Malformed { offset: at, what: "no pixel data fragment where one is expected" }),
+                _ => {
+                    return Err(DatasetError::Malformed {
+                        offset: at,
+                        what: "no pixel data fragment where one is expected",
+                    });
+                }
             }
         }
     }

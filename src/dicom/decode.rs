@@ -122,7 +122,10 @@ impl PixelDecoder {
         match (encoding.pixels, pixels.declared) {
             (PixelCoding::Native, Some(declared)) => {
                 let value = pixels.rest.get(..declared).ok_or_else(|| {
-                    undecodable(format!("Pixel Data is truncated: {declared} bytes declared, {} there", pixels.rest.len()))
+                    undecodable(format!(
+                        "Pixel Data is truncated: {declared} bytes declared, {} there",
+                        pixels.rest.len()
+                    ))
                 })?;
                 let value = native_value(value, native_len)?;
                 // 8-bit samples written as OW in big endian are swapped within 16-bit words (PS3.5 annex D).
@@ -133,7 +136,9 @@ impl PixelDecoder {
             (PixelCoding::Native, None) => {
                 Err(undecodable("Pixel Data is encapsulated although the transfer syntax is a native one"))
             }
-            (_, Some(_)) => Err(undecodable("Pixel Data is native although the transfer syntax is an encapsulated one")),
+            (_, Some(_)) => {
+                Err(undecodable("Pixel Data is native although the transfer syntax is an encapsulated one"))
+            }
             (PixelCoding::Unsupported, None) => Err(undecodable("the transfer syntax has no decoder here")),
             (coding, None) => {
                 let mut joined = std::mem::take(&mut self.joined);
@@ -528,10 +533,10 @@ fn run_codec(
     native_len: usize,
     native: &mut Vec<u8>,
 ) -> Result<(), Refusal> {
-    let reader = TransferSyntaxRegistry
-        .get(transfer_syntax_uid)
-        .and_then(|ts| ts.pixel_data_reader())
-        .ok_or_else(|| undecodable("this build has no decoder for the transfer syntax (JPEG-LS needs feature charls)"))?;
+    let reader =
+        TransferSyntaxRegistry.get(transfer_syntax_uid).and_then(|ts| ts.pixel_data_reader()).ok_or_else(|| {
+            undecodable("this build has no decoder for the transfer syntax (JPEG-LS needs feature charls)")
+        })?;
     let (Ok(rows), Ok(columns)) = (u16::try_from(header.rows), u16::try_from(header.columns)) else {
         return Err(undecodable("Rows and Columns do not fit 16 bits"));
     };
@@ -541,10 +546,258 @@ fn run_codec(
     match catch_unwind(AssertUnwindSafe(|| reader.decode_frame(&object, 0, native))) {
         Err(_) => Err(undecodable("the codec failed on the compressed stream")),
         Ok(Err(e)) => Err(undecodable(format!("the codec refused the compressed stream: {e}"))),
-        Ok(Ok(())) if native.len() != native_len => Err(undecodable(format!(
-            "the compressed image has {} bytes, expected {native_len}",
-            native.len()
-        ))),
+        Ok(Ok(())) if native.len() != native_len => {
+            Err(undecodable(format!("the compressed image has {} bytes, expected {native_len}", native.len())))
+        }
         Ok(Ok(())) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dicom::header::parse_header;
+    use crate::dicom::testkit::{Builder, DEFLATED, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, RLE};
+    use proptest::prelude::*;
+
+    fn decode(b: &Builder, ts: &str) -> Result<Vec<i16>, Refusal> {
+        decode_bytes(&b.encode(ts), ts)
+    }
+
+    fn decode_bytes(bytes: &[u8], ts: &str) -> Result<Vec<i16>, Refusal> {
+        let header = parse_header(bytes, ts).map_err(|e| undecodable(e.to_string()))?;
+        if header.pixel_fault.is_some() {
+            return Err(undecodable("layout"));
+        }
+        let mut out = vec![0; (header.rows * header.columns) as usize];
+        PixelDecoder::new().decode_hu(bytes, ts, &header, &mut out).map(|()| out)
+    }
+
+    /// PackBits with literal runs only, and a run of equal bytes where there is one.
+    fn rle_frame(planes: &[Vec<u8>]) -> Vec<u8> {
+        let mut header = vec![planes.len() as u32];
+        let mut body = Vec::new();
+        for plane in planes {
+            header.push(64 + body.len() as u32);
+            for chunk in plane.chunks(100) {
+                if chunk.iter().all(|b| *b == chunk[0]) && chunk.len() > 1 {
+                    body.extend_from_slice(&[(1i32 - chunk.len() as i32) as i8 as u8, chunk[0]]);
+                } else {
+                    body.push(chunk.len() as u8 - 1);
+                    body.extend_from_slice(chunk);
+                }
+            }
+            body.push(0x80);
+        }
+        header.resize(16, 0);
+        let mut out: Vec<u8> = header.iter().flat_map(|v| v.to_le_bytes()).collect();
+        out.extend(body);
+        out
+    }
+
+    #[test]
+    fn every_native_encoding_gives_the_same_hu() {
+        let b = Builder::ct(5, 7);
+        let expected: Vec<i16> = (0..35).map(|i| ((i / 7) * 7 + (i % 7) * 3) % 2000 - 1024).collect();
+        for ts in [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED] {
+            assert_eq!(decode(&b, ts).unwrap(), expected, "{ts}");
+        }
+    }
+
+    #[test]
+    fn rle_in_one_or_several_fragments_gives_the_native_hu() {
+        let mut b = Builder::ct(30, 20);
+        let expected = decode(&b, EXPLICIT_LE).unwrap();
+        let words: Vec<u16> = expected.iter().map(|hu| (hu + 1024) as u16).collect();
+        let planes =
+            [words.iter().map(|w| (w >> 8) as u8).collect(), words.iter().map(|w| *w as u8).collect::<Vec<u8>>()];
+        let frame = rle_frame(&planes);
+        b.fragments(std::slice::from_ref(&frame));
+        assert_eq!(decode(&b, RLE).unwrap(), expected);
+        b.fragments(&[frame[..70].to_vec(), frame[70..300].to_vec(), frame[300..].to_vec()]);
+        assert_eq!(decode(&b, RLE).unwrap(), expected);
+        b.fragments(&[frame[..frame.len() - 40].to_vec()]);
+        assert!(decode(&b, RLE).unwrap_err().detail.contains("truncated"));
+        b.fragments(&[]);
+        assert!(decode(&b, RLE).unwrap_err().detail.contains("no fragment"));
+    }
+
+    #[test]
+    fn bits_outside_bits_stored_are_masked_and_the_sign_is_extended() {
+        let mut b = Builder::ct(1, 4);
+        // 12 bits in bits 4 to 15, signed; the low nibble is an overlay.
+        b.us(0x0028_0101, &[12]).us(0x0028_0102, &[15]).us(0x0028_0103, &[1]);
+        b.text(0x0028_1052, b"DS", "0");
+        b.words(0x7fe0_0010, b"OW", &[0x0015, 0xfffa, 0x8000, 0x7ff3]);
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap(), [1, -1, -2048, 2047]);
+        b.us(0x0028_0102, &[11]).words(0x7fe0_0010, b"OW", &[0xf001, 0x1fff, 0x0800, 0x57ff]);
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap(), [1, -1, -2048, 2047]);
+        b.us(0x0028_0103, &[0]);
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap(), [1, 4095, 2048, 2047]);
+    }
+
+    #[test]
+    fn padding_becomes_air_by_stored_value_or_by_its_16_bit_pattern() {
+        let mut b = Builder::ct(1, 4);
+        b.us(0x0028_0101, &[16]).us(0x0028_0102, &[15]).us(0x0028_0103, &[1]);
+        b.words(0x0028_0120, b"SS", &[-2000i16 as u16]);
+        b.words(0x7fe0_0010, b"OW", &[-2000i16 as u16, 0, 1000, -1999i16 as u16]);
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap(), [-1024, -1024, -24, -3023]);
+        b.words(0x0028_0121, b"SS", &[-1500i16 as u16]);
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap(), [-1024, -1024, -24, -1024]);
+        // The pattern of -2000 in a 12-bit unsigned image whose padding is written as US.
+        let mut b = Builder::ct(1, 2);
+        b.us(0x0028_0120, &[63536]).words(0x7fe0_0010, b"OW", &[63536, 2096]);
+        assert_eq!(decode(&b, IMPLICIT_LE).unwrap(), [-1024, 1072]);
+    }
+
+    #[test]
+    fn the_rescale_rounds_half_away_from_zero_and_saturates() {
+        let mut b = Builder::ct(1, 6);
+        b.us(0x0028_0101, &[16]).us(0x0028_0102, &[15]).us(0x0028_0103, &[1]);
+        b.text(0x0028_1053, b"DS", "0.5").text(0x0028_1052, b"DS", "0");
+        b.words(0x7fe0_0010, b"OW", &[1, -1i16 as u16, 3, -3i16 as u16, 4, 0x8000]);
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap(), [1, -1, 2, -2, 2, -16384]);
+        b.text(0x0028_1053, b"DS", "1000");
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap(), [1000, -1000, 3000, -3000, 4000, i16::MIN]);
+        b.text(0x0028_1053, b"DS", "1").text(0x0028_1052, b"DS", "-1024");
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap()[5], i16::MIN);
+    }
+
+    #[test]
+    fn monochrome1_changes_the_display_and_not_the_hu() {
+        let mut b = Builder::ct(4, 4);
+        let expected = decode(&b, EXPLICIT_LE).unwrap();
+        b.text(0x0028_0004, b"CS", "MONOCHROME1");
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap(), expected);
+    }
+
+    #[test]
+    fn eight_bit_samples_decode_and_an_odd_count_may_be_padded() {
+        let mut b = Builder::ct(3, 3);
+        b.us(0x0028_0100, &[8]).us(0x0028_0101, &[8]).us(0x0028_0102, &[7]);
+        b.bytes(0x7fe0_0010, b"OB", &[0, 1, 2, 3, 4, 5, 6, 7, 255]);
+        let expected = [-1024, -1023, -1022, -1021, -1020, -1019, -1018, -1017, -769];
+        assert_eq!(decode(&b, EXPLICIT_LE).unwrap(), expected);
+        assert_eq!(decode(&b, EXPLICIT_BE).unwrap(), expected);
+        // As OW in big endian the bytes of each pair are swapped.
+        b.bytes(0x7fe0_0010, b"OW", &[1, 0, 3, 2, 5, 4, 7, 6, 0, 255]);
+        assert_eq!(decode(&b, EXPLICIT_BE).unwrap()[..8], expected[..8]);
+    }
+
+    #[test]
+    fn pixel_data_of_the_wrong_length_or_form_is_refused() {
+        let mut b = Builder::ct(4, 4);
+        let whole = b.encode(EXPLICIT_LE);
+        assert!(decode_bytes(&whole[..whole.len() - 2], EXPLICIT_LE).unwrap_err().detail.contains("truncated"));
+        for (words, text) in [(&[0u16; 15][..], "truncated"), (&[0; 17], "too long"), (&[], "truncated")] {
+            b.words(0x7fe0_0010, b"OW", words);
+            assert!(decode(&b, EXPLICIT_LE).unwrap_err().detail.contains(text));
+        }
+        assert!(decode(&b, RLE).unwrap_err().detail.contains("native"));
+        b.fragments(&[vec![0; 32]]);
+        assert!(decode(&b, EXPLICIT_LE).unwrap_err().detail.contains("encapsulated"));
+        b.remove(0x7fe0_0010);
+        assert!(decode(&b, EXPLICIT_LE).unwrap_err().detail.contains("no Pixel Data"));
+    }
+
+    #[test]
+    fn encapsulated_uncompressed_decodes() {
+        let mut b = Builder::ct(4, 4);
+        let expected = decode(&b, EXPLICIT_LE).unwrap();
+        let bytes: Vec<u8> = expected.iter().flat_map(|hu| ((hu + 1024) as u16).to_le_bytes()).collect();
+        b.fragments(&[bytes[..10].to_vec(), bytes[10..].to_vec()]);
+        assert_eq!(decode(&b, syntax::ENCAPSULATED_UNCOMPRESSED).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_compressed_stream_that_claims_another_size_is_refused_before_it_is_decoded() {
+        let mut b = Builder::ct(4, 4);
+        let mut siz = vec![0xff, 0x4f, 0xff, 0x51, 0, 41, 0, 0];
+        for v in [60_000u32, 60_000, 0, 0, 60_000, 60_000, 0, 0] {
+            siz.extend_from_slice(&v.to_be_bytes());
+        }
+        siz.extend_from_slice(&[0, 1, 15, 1, 1, 0]);
+        b.fragments(std::slice::from_ref(&siz));
+        assert!(decode(&b, syntax::JPEG_2000_LOSSLESS).unwrap_err().detail.contains("60000x60000"));
+        let sof3 = [0xff, 0xd8, 0xff, 0xc3, 0, 11, 16, 0xff, 0xff, 0xff, 0xff, 1, 1, 0x11, 0, 0];
+        b.fragments(&[sof3.to_vec()]);
+        assert!(decode(&b, syntax::JPEG_LOSSLESS_SV1).unwrap_err().detail.contains("65535x65535"));
+        let sof1_12 = [0xff, 0xd8, 0xff, 0xc1, 0, 11, 12, 0, 4, 0, 4, 1, 1, 0x11, 0, 0];
+        b.fragments(&[sof1_12.to_vec()]);
+        assert!(decode(&b, syntax::JPEG_EXTENDED).unwrap_err().detail.contains("no decoder"));
+    }
+
+    prop_compose! {
+        fn layouts()(
+            bits_allocated in prop::sample::select(vec![8u16, 16]),
+            stored in 1u16..=16,
+            high in 0u16..16,
+            signed in any::<bool>(),
+            slope in prop::sample::select(vec![1.0, 0.5, -2.0, 1.0, 3.7]),
+            intercept in prop::sample::select(vec![-1024.0, 0.0, -1000.5, 90_000.0]),
+            padding in prop::option::of(-2100i32..2100),
+            limit in prop::option::of(-2100i32..2100),
+        ) -> PixelLayout {
+            let bits_stored = stored.min(bits_allocated);
+            PixelLayout {
+                bits_allocated,
+                bits_stored,
+                high_bit: (bits_stored - 1).max(high.min(bits_allocated - 1)),
+                signed,
+                samples_per_pixel: 1,
+                photometric: "MONOCHROME2".into(),
+                slope,
+                intercept,
+                padding_value: padding.map(|p| if signed { p } else { i32::from(p as u16) }),
+                padding_range_limit: limit.map(|p| if signed { p } else { i32::from(p as u16) }),
+            }
+        }
+    }
+
+    proptest! {
+        /// The vectorised and the table path against the definition, with odd sizes.
+        #[test]
+        fn the_fast_paths_equal_the_definition(
+            layout in layouts(),
+            words in proptest::collection::vec(any::<u16>(), 1..67),
+            swap in any::<bool>(),
+        ) {
+            let words: Vec<u16> = words.iter().map(|w| if layout.bits_allocated == 8 { w & 0xff } else { *w }).collect();
+            let mut native: Vec<u8> = Vec::new();
+            for w in &words {
+                match (layout.bits_allocated, swap) {
+                    (8, _) => native.push(*w as u8),
+                    (_, true) => native.extend_from_slice(&w.to_be_bytes()),
+                    _ => native.extend_from_slice(&w.to_le_bytes()),
+                }
+            }
+            let mut out = vec![0; words.len()];
+            PixelDecoder::new().convert(&native, swap && layout.bits_allocated == 16, &layout, &mut out);
+            let expected: Vec<i16> = words.iter().map(|w| word_to_hu(*w, &layout)).collect();
+            prop_assert_eq!(out, expected);
+        }
+
+        #[test]
+        fn mutated_objects_never_panic(
+            edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+            ts in prop::sample::select(vec![EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED, RLE,
+                syntax::JPEG_LOSSLESS_SV1, syntax::JPEG_2000, syntax::JPEG_LS_LOSSLESS]),
+        ) {
+            let mut b = Builder::ct(8, 8);
+            match ts {
+                RLE => drop(b.fragments(&[rle_frame(&[vec![1; 64], (0..64).collect()])])),
+                syntax::JPEG_LOSSLESS_SV1 | syntax::JPEG_LS_LOSSLESS => drop(b.fragments(&[vec![
+                    0xff, 0xd8, 0xff, 0xc3, 0, 11, 12, 0, 8, 0, 8, 1, 1, 0x11, 0, 0xff, 0xda, 0, 8, 1, 1, 0, 1, 0, 0]])),
+                syntax::JPEG_2000 => drop(b.fragments(&[vec![0xff, 0x4f, 0xff, 0x51, 0, 41, 0, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]])),
+                _ => {}
+            }
+            let mut bytes = b.encode(ts);
+            for (at, value) in edits {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            let _ = decode_bytes(&bytes, ts);
+        }
     }
 }

@@ -289,9 +289,11 @@ impl<'a> Raw<'a> {
         if bytes.is_ascii() && !bytes.contains(&0x1b) {
             return Some(String::from_utf8_lossy(bytes).into_owned());
         }
+        // Of several values the first one known counts: an empty first value means ASCII with code extensions.
         let charset = self
             .charset
-            .and_then(|c| std::str::from_utf8(c.trimmed()).ok().and_then(|c| SpecificCharacterSet::from_code(c.trim())))
+            .and_then(|c| std::str::from_utf8(c.trimmed()).ok())
+            .and_then(|c| c.split('\\').find_map(|code| SpecificCharacterSet::from_code(code.trim())))
             .unwrap_or_default();
         Some(charset.decode(bytes).unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned()))
     }
@@ -377,7 +379,9 @@ fn build(raw: &Raw<'_>) -> Result<SliceHeader, HeaderError> {
         pixel_fault,
         convolution_kernel: ascii(raw.kernel),
         slice_thickness_mm: raw.slice_thickness.and_then(|e| e.number(*b"DS")).filter(|t| *t > 0.0),
-        number_of_frames: raw.frames.map_or(1, |e| whole(Some(e), *b"IS").and_then(|n| u32::try_from(n).ok()).unwrap_or(0)),
+        number_of_frames: raw
+            .frames
+            .map_or(1, |e| whole(Some(e), *b"IS").and_then(|n| u32::try_from(n).ok()).unwrap_or(0)),
         series_count_hint: whole(raw.series_related, *b"IS").and_then(|n| u64::try_from(n).ok()).filter(|n| *n > 0),
         images_in_acquisition_hint: whole(raw.images_in_acquisition, *b"IS")
             .and_then(|n| u64::try_from(n).ok())
@@ -418,9 +422,9 @@ fn pixel_layout(raw: &Raw<'_>, rows: u32, columns: u32) -> (PixelLayout, Option<
     let intercept = raw.intercept.map(|e| e.number(*b"DS"));
     // US or SS by PixelRepresentation; either way the 16 bits count, not the VR it was written with.
     let padding = |element: Option<Element<'_>>| {
-        whole(element, if signed { *b"SS" } else { *b"US" }).and_then(|v| i32::try_from(v).ok()).map(|v| {
-            if signed { i32::from(v as u16 as i16) } else { i32::from(v as u16) }
-        })
+        whole(element, if signed { *b"SS" } else { *b"US" })
+            .and_then(|v| i32::try_from(v).ok())
+            .map(|v| if signed { i32::from(v as u16 as i16) } else { i32::from(v as u16) })
     };
     let layout = PixelLayout {
         bits_allocated,
@@ -502,8 +506,23 @@ pub fn object_class(header: &SliceHeader) -> ObjectClass {
 const LOCALIZER_WORDS: [&str; 4] = ["LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW"];
 /// Words in ImageType of a DERIVED image that mark a reformat, projection, rendering or map.
 const DERIVED_WORDS: [&str; 17] = [
-    "MPR", "MIP", "MINIP", "3D", "VRT", "SSD", "CPR", "CURVED", "REFORMATTED", "PROJECTION", "VOLREN", "RENDERING", "SCREEN",
-    "SAVE", "SUBTRACTION", "FUSED", "OVERLAY",
+    "MPR",
+    "MIP",
+    "MINIP",
+    "3D",
+    "VRT",
+    "SSD",
+    "CPR",
+    "CURVED",
+    "REFORMATTED",
+    "PROJECTION",
+    "VOLREN",
+    "RENDERING",
+    "SCREEN",
+    "SAVE",
+    "SUBTRACTION",
+    "FUSED",
+    "OVERLAY",
 ];
 
 /// Whether one object may be part of a series that is judged.
@@ -549,4 +568,204 @@ pub fn judge(header: &SliceHeader) -> Result<(), Refusal> {
         return Err(fault.clone());
     }
     header.geometry.as_ref().map(|_| ()).map_err(Clone::clone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dicom::testkit::{Builder, DEFLATED, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE};
+    use proptest::prelude::*;
+
+    fn header(b: &Builder) -> SliceHeader {
+        parse_header(&b.encode(EXPLICIT_LE), EXPLICIT_LE).unwrap()
+    }
+
+    #[test]
+    fn the_same_header_comes_from_every_encoding() {
+        let b = Builder::ct(6, 10);
+        let reference = header(&b);
+        assert_eq!((reference.rows, reference.columns), (6, 10));
+        assert_eq!(reference.geometry.as_ref().unwrap().position_mm, [-150.5, -160.0, 42.25]);
+        assert_eq!(reference.slice_thickness_mm, Some(1.25));
+        assert_eq!(reference.pixel.intercept, -1024.0);
+        assert_eq!(reference.patient_id.as_deref(), Some("PID-1234"));
+        assert_eq!(judge(&reference), Ok(()));
+        assert_eq!(object_class(&reference), ObjectClass::CtSlice);
+        for ts in [IMPLICIT_LE, EXPLICIT_BE, DEFLATED] {
+            assert_eq!(parse_header(&b.encode(ts), ts).unwrap(), reference, "{ts}");
+        }
+    }
+
+    /// Changes one thing on a sound slice and says what it is refused for.
+    fn refused(change: impl FnOnce(&mut Builder)) -> Refusal {
+        let mut b = Builder::ct(4, 4);
+        change(&mut b);
+        judge(&header(&b)).expect_err("must be refused")
+    }
+
+    #[test]
+    fn what_must_not_be_judged_is_refused_with_its_reason() {
+        type Change = fn(&mut Builder);
+        let table: &[(Change, Reason)] = &[
+            (|b| drop(b.text(0x0008_0060, b"CS", "MR")), Reason::NotCt),
+            (|b| drop(b.remove(0x0008_0060)), Reason::NotCt),
+            (|b| drop(b.text(0x0008_0016, b"UI", syntax::SECONDARY_CAPTURE)), Reason::NotCt),
+            (|b| drop(b.text(0x0008_0008, b"CS", "ORIGINAL\\PRIMARY\\LOCALIZER")), Reason::Localizer),
+            (|b| drop(b.text(0x0008_0008, b"CS", "ORIGINAL\\PRIMARY\\LOCALIZER\\CT_SOM5 TOP")), Reason::Localizer),
+            (|b| drop(b.text(0x0008_0008, b"CS", "DERIVED\\SECONDARY\\AXIAL")), Reason::Derived),
+            (|b| drop(b.text(0x0008_0008, b"CS", "DERIVED\\PRIMARY\\MPR")), Reason::Derived),
+            (|b| drop(b.text(0x0008_0008, b"CS", "DERIVED\\PRIMARY\\AXIAL\\CSA MIP")), Reason::Derived),
+            (|b| drop(b.text(0x0028_1054, b"LO", "Z_EFF")), Reason::Derived),
+            (|b| drop(b.text(0x0008_0016, b"UI", syntax::ENHANCED_CT_IMAGE)), Reason::Undecodable),
+            (|b| drop(b.text(0x0028_0008, b"IS", "12")), Reason::Undecodable),
+            (|b| drop(b.us(0x0028_0002, &[3])), Reason::Undecodable),
+            (|b| drop(b.text(0x0028_0004, b"CS", "PALETTE COLOR")), Reason::Undecodable),
+            (|b| drop(b.us(0x0028_0100, &[32])), Reason::Undecodable),
+            (|b| drop(b.us(0x0028_0101, &[17])), Reason::Undecodable),
+            (|b| drop(b.us(0x0028_0102, &[10])), Reason::Undecodable),
+            (|b| drop(b.us(0x0028_0103, &[2])), Reason::Undecodable),
+            (|b| drop(b.remove(0x0028_0103)), Reason::Undecodable),
+            (|b| drop(b.us(0x0028_0010, &[0])), Reason::Undecodable),
+            (|b| drop(b.us(0x0028_0011, &[65535])), Reason::Undecodable),
+            (|b| drop(b.remove(0x0028_0010)), Reason::Undecodable),
+            (|b| drop(b.text(0x0028_0010, b"LO", "many")), Reason::Undecodable),
+            (|b| drop(b.text(0x0028_1053, b"DS", "0")), Reason::Undecodable),
+            (|b| drop(b.text(0x0028_1053, b"DS", "NaN")), Reason::Undecodable),
+            (|b| drop(b.text(0x0028_1052, b"DS", "-1024\\0")), Reason::Undecodable),
+            (|b| drop(b.text(0x0028_1052, b"DS", "-1024 HU")), Reason::Undecodable),
+            (|b| drop(b.remove(0x0028_1052)), Reason::Undecodable),
+            (|b| drop(b.remove(0x0020_0032)), Reason::NotAxial),
+            (|b| drop(b.text(0x0020_0032, b"DS", "1\\2")), Reason::NotAxial),
+            (|b| drop(b.text(0x0020_0032, b"DS", "1\\NaN\\3")), Reason::NotAxial),
+            (|b| drop(b.text(0x0020_0032, b"DS", "1\\inf\\3")), Reason::NotAxial),
+            (|b| drop(b.text(0x0020_0032, b"DS", "1,5\\2\\3")), Reason::NotAxial),
+            (|b| drop(b.text(0x0020_0032, b"PN", "1\\2\\3")), Reason::NotAxial),
+            (|b| drop(b.remove(0x0020_0037)), Reason::NotAxial),
+            (|b| drop(b.text(0x0028_0030, b"DS", "0.7")), Reason::InconsistentGeometry),
+            (|b| drop(b.text(0x0028_0030, b"DS", "0.7\\-0.7")), Reason::InconsistentGeometry),
+            (|b| drop(b.text(0x0028_0030, b"DS", "0.7\\NaN")), Reason::InconsistentGeometry),
+        ];
+        for (n, (change, reason)) in table.iter().enumerate() {
+            let refusal = refused(*change);
+            assert_eq!(refusal.reason, *reason, "row {n}: {refusal}");
+        }
+    }
+
+    #[test]
+    fn axial_images_of_iterative_reconstruction_are_accepted() {
+        for image_type in ["DERIVED\\PRIMARY\\AXIAL", "DERIVED\\PRIMARY\\AXIAL\\CT_SOM7 SPI DUAL", "ORIGINAL\\PRIMARY"]
+        {
+            let mut b = Builder::ct(4, 4);
+            b.text(0x0008_0008, b"CS", image_type);
+            assert_eq!(judge(&header(&b)), Ok(()), "{image_type}");
+        }
+    }
+
+    #[test]
+    fn a_number_in_another_vr_or_repeated_equally_still_counts() {
+        let mut b = Builder::ct(4, 4);
+        b.text(0x0028_0010, b"IS", "4 ").bytes(0x0028_0011, b"UL", &4u32.to_le_bytes());
+        b.text(0x0028_1052, b"DS", " -1024.0\\-1024 ").bytes(0x0028_0101, b"UN", &12u16.to_le_bytes());
+        b.bytes(0x0028_1053, b"FD", &1f64.to_le_bytes());
+        let h = header(&b);
+        assert_eq!((h.rows, h.columns, h.pixel.bits_stored), (4, 4, 12));
+        assert_eq!(judge(&h), Ok(()));
+    }
+
+    #[test]
+    fn an_object_without_identity_is_an_error_that_names_the_attribute() {
+        for (tag, name) in [
+            (0x0008_0016, "SOPClassUID"),
+            (0x0008_0018, "SOPInstanceUID"),
+            (0x0020_000d, "StudyInstanceUID"),
+            (0x0020_000e, "SeriesInstanceUID"),
+        ] {
+            let mut b = Builder::ct(4, 4);
+            b.remove(tag);
+            let e = parse_header(&b.encode(EXPLICIT_LE), EXPLICIT_LE).unwrap_err();
+            assert!(matches!(e, HeaderError::MissingUid { attribute } if attribute == name), "{e}");
+            b.text(tag, b"UI", "not/a/uid");
+            let e = parse_header(&b.encode(EXPLICIT_LE), EXPLICIT_LE).unwrap_err();
+            assert!(matches!(e, HeaderError::BadUid { attribute } if attribute == name), "{e}");
+            assert!(!e.to_string().contains("not/a"), "the value stays out of the message");
+        }
+    }
+
+    #[test]
+    fn sequences_of_any_length_form_are_skipped() {
+        let inner = [0x08, 0, 0x50, 0x11, b'U', b'I', 2, 0, b'1', 0];
+        let mut undefined = vec![0xfe, 0xff, 0, 0xe0, 0xff, 0xff, 0xff, 0xff];
+        undefined.extend_from_slice(&inner);
+        undefined.extend_from_slice(&[0xfe, 0xff, 0x0d, 0xe0, 0, 0, 0, 0]);
+        undefined.extend_from_slice(&[0xfe, 0xff, 0xdd, 0xe0, 0, 0, 0, 0]);
+        let dataset = Builder::ct(4, 4).encode(EXPLICIT_LE);
+        let at = dataset.windows(4).position(|w| w == [0x08, 0, 0x60, 0]).unwrap();
+        let mut with = dataset[..at].to_vec();
+        with.extend_from_slice(&[0x08, 0, 0x51, 0, b'S', b'Q', 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        with.extend_from_slice(&undefined);
+        with.extend_from_slice(&dataset[at..]);
+        assert_eq!(parse_header(&with, EXPLICIT_LE).unwrap(), parse_header(&dataset, EXPLICIT_LE).unwrap());
+        // Nested without end: an error, no overflow of the stack.
+        let mut deep = dataset[..at].to_vec();
+        for _ in 0..10_000 {
+            deep.extend_from_slice(&[0x08, 0, 0x51, 0, b'S', b'Q', 0, 0, 0xff, 0xff, 0xff, 0xff]);
+            deep.extend_from_slice(&[0xfe, 0xff, 0, 0xe0, 0xff, 0xff, 0xff, 0xff]);
+        }
+        assert!(matches!(parse_header(&deep, EXPLICIT_LE), Err(HeaderError::Dataset(_))));
+    }
+
+    #[test]
+    fn a_deflate_bomb_is_bounded() {
+        use std::io::Write;
+        let mut z = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+        // One element of 4 GB is claimed, 64 MiB of it are there.
+        z.write_all(&[0x08, 0, 0x05, 0, b'U', b'T', 0, 0, 0xf0, 0xff, 0xff, 0xff]).unwrap();
+        for _ in 0..64 {
+            z.write_all(&vec![0; 1 << 20]).unwrap();
+        }
+        let bomb = z.finish().unwrap();
+        assert!(matches!(parse_header(&bomb, DEFLATED), Err(HeaderError::InflatedTooLarge)));
+    }
+
+    #[test]
+    fn debug_shows_no_identifying_value() {
+        let text = format!("{:?}", header(&Builder::ct(4, 4)));
+        for value in ["1.2.3", "PID-1234", "20200102", "Doe", "ACME"] {
+            assert!(!text.contains(value), "{text}");
+        }
+    }
+
+    #[test]
+    fn text_is_decoded_by_its_character_set() {
+        let mut b = Builder::ct(4, 4);
+        b.bytes(0x0008_103e, b"LO", b"Thorax gro\xdf");
+        assert_eq!(header(&b).series_description.as_deref(), Some("Thorax groß"));
+        b.text(0x0008_0005, b"CS", "ISO_IR 192").text(0x0008_103e, b"LO", "胸部");
+        assert_eq!(header(&b).series_description.as_deref(), Some("胸部"));
+    }
+
+    proptest! {
+        #[test]
+        fn mutated_headers_never_panic(
+            edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+            cut in any::<prop::sample::Index>(),
+            ts in prop::sample::select(vec![EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED]),
+        ) {
+            let mut bytes = Builder::ct(4, 4).encode(ts);
+            for (at, value) in edits {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            let _ = parse_header(&bytes, ts).map(|h| (judge(&h), object_class(&h)));
+            let _ = parse_header(&bytes[..cut.index(bytes.len())], ts);
+        }
+
+        #[test]
+        fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+            for ts in [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED] {
+                let _ = parse_header(&bytes, ts);
+            }
+            let _ = crate::dicom::part10::parse_part10(bytes);
+        }
+    }
 }

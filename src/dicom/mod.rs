@@ -20,3 +20,7 @@ pub mod scp;
 pub mod scu;
 pub mod syntax;
 pub mod upper;
+
+#[cfg(test)]
+#[path = "../../tests/dicom_support/mod.rs"]
+pub(crate) mod testkit;

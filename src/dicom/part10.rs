@@ -231,13 +231,13 @@ pub fn write_part10(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dicom::header::tests::ct_dataset;
     use crate::dicom::syntax::{CT_IMAGE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE};
+    use crate::dicom::testkit::Builder;
 
     #[test]
     fn a_written_file_reads_back_byte_for_byte() {
         for ts in [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE] {
-            let dataset = ct_dataset(ts, &[]);
+            let dataset = Builder::ct(8, 8).encode(ts);
             let mut file = Vec::new();
             write_part10(&mut file, ts, CT_IMAGE, "1.2.3.4", &dataset).unwrap();
             let back = parse_part10(file).unwrap();
@@ -250,7 +250,7 @@ mod tests {
     #[test]
     fn a_raw_data_set_is_read_with_a_guessed_syntax() {
         for ts in [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE] {
-            let back = parse_part10(ct_dataset(ts, &[])).unwrap();
+            let back = parse_part10(Builder::ct(8, 8).encode(ts)).unwrap();
             assert_eq!((back.transfer_syntax_uid.as_str(), back.dataset_offset), (ts, 0));
             assert_eq!(back.sop_class_uid, CT_IMAGE);
         }
@@ -272,7 +272,7 @@ mod tests {
 
     #[test]
     fn a_file_cut_in_its_header_is_truncated_and_one_cut_in_its_pixels_is_read() {
-        let dataset = ct_dataset(EXPLICIT_LE, &[]);
+        let dataset = Builder::ct(8, 8).encode(EXPLICIT_LE);
         let mut file = part10_head(EXPLICIT_LE, CT_IMAGE, "1.2.3.4").unwrap();
         file.extend_from_slice(&dataset);
         let cut = file.len() - 5;
@@ -285,7 +285,7 @@ mod tests {
     fn a_file_over_the_bound_or_missing_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.dcm");
-        std::fs::write(&path, ct_dataset(EXPLICIT_LE, &[])).unwrap();
+        std::fs::write(&path, Builder::ct(8, 8).encode(EXPLICIT_LE)).unwrap();
         assert!(matches!(read_part10(&path, 10), Err(HeaderError::TooLarge { max_bytes: 10, .. })));
         assert!(matches!(read_part10(&dir.path().join("none"), 10), Err(HeaderError::Io(_))));
         assert!(matches!(read_part10(dir.path(), 10), Err(HeaderError::NotDicom { .. } | HeaderError::Io(_))));

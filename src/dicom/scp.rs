@@ -514,7 +514,10 @@ struct Slot<'s>(&'s AtomicUsize);
 
 impl<'s> Slot<'s> {
     fn take(active: &'s AtomicUsize, max: usize) -> Option<Self> {
-        active.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < max).then_some(n + 1)).ok().map(|_| Self(active))
+        active
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < max).then_some(n + 1))
+            .ok()
+            .map(|_| Self(active))
     }
 }
 
@@ -616,8 +619,9 @@ fn judge_request<'s>(shared: &'s Shared, request: &AssociationRQ) -> (Option<Slo
     let user = |r, reason| reject(AssociationRJResult::Permanent, AssociationRJSource::ServiceUser(r), reason);
     let context_name = request.application_context_name.trim_end_matches(['\0', ' ']);
     if request.protocol_version & 1 == 0 {
-        let source =
-            AssociationRJSource::ServiceProviderASCE(AssociationRJServiceProviderASCEReason::ProtocolVersionNotSupported);
+        let source = AssociationRJSource::ServiceProviderASCE(
+            AssociationRJServiceProviderASCEReason::ProtocolVersionNotSupported,
+        );
         return (None, reject(AssociationRJResult::Permanent, source, "protocol_version"));
     }
     if context_name != APPLICATION_CONTEXT {
@@ -787,8 +791,7 @@ impl<'s, T: Transport> Association<'s, T> {
         };
         let is_store = command.field == command_field::C_STORE_RQ;
         let refusal = if !is_store { None } else { self.refuse_store(context, &command, has_data) };
-        let mut incoming =
-            Incoming { received: 0, discard: !is_store || refusal.is_some(), first_pdata_at: None };
+        let mut incoming = Incoming { received: 0, discard: !is_store || refusal.is_some(), first_pdata_at: None };
         self.dataset.clear();
         if has_data {
             self.receive_data(&mut rest, context, &mut incoming)?;

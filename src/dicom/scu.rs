@@ -321,8 +321,10 @@ impl<T: Transport> Client<T> {
 
     fn echo(&mut self) -> Result<(), ScuError> {
         let key = (syntax::VERIFICATION.to_owned(), syntax::IMPLICIT_LE.to_owned());
-        let context =
-            *self.contexts.get(&key).ok_or(ScuError::Protocol("the peer does not accept the Verification SOP class"))?;
+        let context = *self
+            .contexts
+            .get(&key)
+            .ok_or(ScuError::Protocol("the peer does not accept the Verification SOP class"))?;
         let command = CommandWriter::new()
             .text(0x0002, syntax::VERIFICATION, 0)
             .number(0x0100, command_field::C_ECHO_RQ)

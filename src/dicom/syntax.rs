@@ -88,8 +88,7 @@ pub struct Encoding {
 /// Any standard encapsulated syntax has an explicit VR little endian data set (PS3.5 A.4), so the header of every
 /// one of them can be read even where its pixels cannot.
 pub fn encoding(transfer_syntax_uid: &str) -> Option<Encoding> {
-    let explicit_le =
-        |pixels| Encoding { explicit: true, big_endian: false, deflated: false, pixels };
+    let explicit_le = |pixels| Encoding { explicit: true, big_endian: false, deflated: false, pixels };
     Some(match transfer_syntax_uid {
         IMPLICIT_LE => Encoding { explicit: false, ..explicit_le(PixelCoding::Native) },
         EXPLICIT_LE => explicit_le(PixelCoding::Native),
@@ -162,7 +161,10 @@ mod tests {
 
     #[test]
     fn native_syntaxes_win_over_compressed_ones_in_any_order() {
-        assert_eq!(choose_transfer_syntax(CT_IMAGE, &[JPEG_2000_LOSSLESS, IMPLICIT_LE, RLE_LOSSLESS]), Some(IMPLICIT_LE));
+        assert_eq!(
+            choose_transfer_syntax(CT_IMAGE, &[JPEG_2000_LOSSLESS, IMPLICIT_LE, RLE_LOSSLESS]),
+            Some(IMPLICIT_LE)
+        );
         assert_eq!(choose_transfer_syntax(CT_IMAGE, &[JPEG_2000_LOSSLESS, RLE_LOSSLESS]), Some(RLE_LOSSLESS));
     }
 
