@@ -177,8 +177,7 @@ fn orientation_and_order_match_simpleitk() {
     for case in &golden.orientation {
         let orientation = orientation_of(case.row_cosines, case.column_cosines);
         let [d, h, w] = case.out_dhw;
-        let plan =
-            InPlanePlan::new(case.rows as u32, case.columns as u32, orientation, case.crop, [h, w], [0.0, 0.0]);
+        let plan = InPlanePlan::new(case.rows as u32, case.columns as u32, orientation, case.crop, [h, w], [0.0, 0.0]);
         let stored = case.stored.i16(&blob);
         let mut slices: Vec<(f64, Vec<f32>)> = stored
             .chunks_exact(case.rows * case.columns)
@@ -218,7 +217,8 @@ fn a_pixel_lands_where_the_plan_says() {
 
 #[test]
 fn positions_that_cannot_be_ordered_are_refused() {
-    let plan = |d: &[f64], grid| DepthPlan::new(d, grid, SliceDirection::FeetToHead, 8).map(|_| ()).map_err(|r| r.reason);
+    let plan =
+        |d: &[f64], grid| DepthPlan::new(d, grid, SliceDirection::FeetToHead, 8).map(|_| ()).map_err(|r| r.reason);
     assert_eq!(plan(&[], DepthGrid::Fit), Err(Reason::TooFewSlices));
     assert_eq!(plan(&[1.0], DepthGrid::Fit), Err(Reason::TooFewSlices));
     assert_eq!(plan(&[0.0, 0.0], DepthGrid::Fit), Err(Reason::Internal));
@@ -243,8 +243,11 @@ fn coverage_tells_what_a_fixed_grid_leaves_out() {
 }
 
 fn orientations() -> impl Strategy<Value = InPlaneOrientation> {
-    (any::<bool>(), any::<bool>(), any::<bool>())
-        .prop_map(|(transpose, flip_rows, flip_columns)| InPlaneOrientation { transpose, flip_rows, flip_columns })
+    (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(transpose, flip_rows, flip_columns)| InPlaneOrientation {
+        transpose,
+        flip_rows,
+        flip_columns,
+    })
 }
 
 fn stacks() -> impl Strategy<Value = Vec<f64>> {
@@ -260,7 +263,7 @@ fn stacks() -> impl Strategy<Value = Vec<f64>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
 
     #[test]
     fn a_constant_image_stays_constant(
@@ -400,7 +403,11 @@ fn real_slices(dir: &Path) -> Vec<RealSlice> {
                 let (slope, intercept) = (numbers("RescaleSlope")[0], numbers("RescaleIntercept")[0]);
                 let bytes = object.element_by_name("PixelData").expect("pixels").to_bytes().expect("pixels");
                 let hu = bytes.chunks_exact(2).map(|b| {
-                    let raw = if signed { i16::from_le_bytes([b[0], b[1]]) as f64 } else { u16::from_le_bytes([b[0], b[1]]) as f64 };
+                    let raw = if signed {
+                        i16::from_le_bytes([b[0], b[1]]) as f64
+                    } else {
+                        u16::from_le_bytes([b[0], b[1]]) as f64
+                    };
                     (raw * slope + intercept).round() as i16
                 });
                 slices.push(RealSlice {

@@ -5,7 +5,9 @@
 //! is the class's logit.
 //!
 //! Cells are placed as in the usual upsampling of such maps (half-cell centres): cell `i` of `n` over an input of `m`
-//! planes or pixels covers `[i * m / n, (i + 1) * m / n)`.
+//! planes or pixels covers `[i * m / n, (i + 1) * m / n)`. Known limit: with the padding of the network's strided
+//! convolutions the receptive field of cell `i` is centred at input `i * m / n`, its lower edge, so that the drawn map may
+//! lie up to half a cell further along planes, rows and columns than what raised it.
 
 use super::ExplainError;
 use crate::engine::Inference;
@@ -122,7 +124,8 @@ pub fn slice_map(cam: &Cam, geo: &CamGeometry<'_>, depth_mm: f64, rows: u32, col
         // The map between two cells along the line is linear: their values are fetched once.
         let at = |column: usize| {
             let mix = |plane: &[f32]| {
-                let (a, b) = (plane[r0 * row_stride + column * column_stride], plane[r1 * row_stride + column * column_stride]);
+                let (a, b) =
+                    (plane[r0 * row_stride + column * column_stride], plane[r1 * row_stride + column * column_stride]);
                 a + (b - a) * tr
             };
             let (a, b) = (mix(near), mix(far));

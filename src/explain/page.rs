@@ -101,7 +101,7 @@ pub fn explain_series(
     }
     let overview = painter.overview(&top)?;
     files.push(write(dir, "overview.png", &overview)?);
-    let html = summary_page(input, &cam, &top, &pictures, &overview);
+    let html = summary_page(input, &options, &cam, &top, &pictures, &overview);
     let summary_html = write(dir, "summary.html", html.as_bytes())?;
     files.push(summary_html.clone());
     Ok(Explanation { top_slices: top, files, summary_html })
@@ -235,6 +235,7 @@ img{width:100%;height:auto;background:#000}figcaption,.small{color:#b9bec6;font-
 
 fn summary_page(
     input: &SeriesToExplain<'_>,
+    options: &RenderOptions,
     cam: &Cam,
     top: &[(u32, f32)],
     pictures: &[Vec<u8>],
@@ -255,7 +256,8 @@ fn summary_page(
         let _ = writeln!(page, "<p class=\"banner\" role=\"alert\">{}</p>", escaped(banner));
     }
     let predicted_name = predicted.map_or_else(String::new, |p| escaped(&input.class_names[p]));
-    let _ = writeln!(page, "<h1>Predicted: {predicted_name}</h1>\n<table><tr><th>Class</th><th>Score</th><th></th></tr>");
+    let _ =
+        writeln!(page, "<h1>Predicted: {predicted_name}</h1>\n<table><tr><th>Class</th><th>Score</th><th></th></tr>");
     for (i, (name, score)) in input.class_names.iter().zip(input.scores).enumerate() {
         let class = if Some(i) == predicted { " class=\"predicted\"" } else { "" };
         let bar = f64::from(*score).clamp(0.0, 1.0) * 12.0;
@@ -311,13 +313,13 @@ fn summary_page(
         "<h2>How to read this</h2>\n<p class=\"small\">Colours show the class activation map of {class_name}: which parts of the \
          scan raised its score. The map has {d} x {h} x {w} cells of about {:.0} x {:.0} x {:.0} mm; edges finer than that come from \
          interpolation. It is no segmentation and no measurement, and it can be bright where nothing is wrong. Scale: 0 to {:.4}, \
-         values below 15 % of it are left transparent unless set otherwise; negative values are not drawn. Outside the analysed \
-         field nothing is drawn. Rows run to posterior, the patient&#39;s left is on the right.</p>\n\
+         values below {:.0} % of it, negative ones among them, are not drawn. Outside the analysed field nothing is drawn. Rows run to posterior, the patient&#39;s left is on the right.</p>\n\
          <p class=\"small\">Model {}, trained on: {}. Window centre {} HU, width {} HU. {total} slices.</p>\n</body></html>\n",
         cell[0],
         cell[1],
         cell[2],
         cam.max_positive(),
+        options.threshold * 100.0,
         escaped(input.model_id),
         escaped(input.trained_on),
         input.window.center_hu,

@@ -14,7 +14,7 @@ pub struct RenderOptions {
     pub orientation: InPlaneOrientation,
     /// Opacity at the top of the scale, 0 to 1.
     pub max_opacity: f32,
-    /// Share of the scale below which nothing is drawn, 0 to 1; opacity grows linearly from there.
+    /// Share of the scale up to which nothing is drawn, 0 to 1; opacity grows with the value from there.
     pub threshold: f32,
     /// Number of top slices.
     pub top_slices: usize,
@@ -31,7 +31,7 @@ impl Default for RenderOptions {
             max_opacity: 0.65,
             threshold: 0.15,
             top_slices: 5,
-            min_distance_mm: 20.0,
+            min_distance_mm: 30.0,
             overview_slices: 12,
         }
     }
@@ -172,7 +172,7 @@ impl Canvas {
         self.text(x.max(2), top + 3, size, text);
     }
 
-    /// R, L, A and P at the four edges.
+    /// R, L and A at their edges; the lower one may carry the banner.
     pub(super) fn sides(&mut self, size: usize) {
         let (w, h) = (self.width as isize, self.height as isize);
         let (gw, gh) = ((font::ADVANCE * size) as isize, (font::HEIGHT * size) as isize);

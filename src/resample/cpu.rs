@@ -245,9 +245,8 @@ mod tests {
             (0..outputs)
                 .map(|o| {
                     let centre = origin + (o as f64 + 0.5) * scale;
-                    let w: Vec<f64> = (0..len)
-                        .map(|i| (1.0 - ((i as f64 + 0.5 - centre) / scale.max(1.0)).abs()).max(0.0))
-                        .collect();
+                    let w: Vec<f64> =
+                        (0..len).map(|i| (1.0 - ((i as f64 + 0.5 - centre) / scale.max(1.0)).abs()).max(0.0)).collect();
                     let sum: f64 = w.iter().sum();
                     w.iter().map(|w| w / sum).collect()
                 })
@@ -286,7 +285,8 @@ mod tests {
         {
             let hu = noise(rows * columns);
             for bits in 0..8 {
-                let o = InPlaneOrientation { transpose: bits & 1 > 0, flip_rows: bits & 2 > 0, flip_columns: bits & 4 > 0 };
+                let o =
+                    InPlaneOrientation { transpose: bits & 1 > 0, flip_rows: bits & 2 > 0, flip_columns: bits & 4 > 0 };
                 let (h, w) = if o.transpose { (columns, rows) } else { (rows, columns) };
                 let mut oriented = Vec::new();
                 for r in 0..h {

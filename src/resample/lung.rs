@@ -156,9 +156,7 @@ impl LungCheck {
                 cells += count;
                 found = Some(match found {
                     None => region,
-                    Some(b) => {
-                        [b[0].min(region[0]), b[1].min(region[1]), b[2].max(region[2]), b[3].max(region[3])]
-                    }
+                    Some(b) => [b[0].min(region[0]), b[1].min(region[1]), b[2].max(region[2]), b[3].max(region[3])],
                 });
             }
         }
@@ -323,8 +321,7 @@ pub fn judge(slices: &[SliceLung], depth_mm: &[f64], plan: &InPlanePlan) -> Resu
         let Some([row0, col0, row1, col1]) = slice.lung_box else { continue };
         let along_rows = (crop.row0 - f64::from(row0)).max(f64::from(row1) - crop.row1);
         let along_columns = (crop.col0 - f64::from(col0)).max(f64::from(col1) - crop.col1);
-        let cut =
-            (along_rows * slice.pixel_spacing_mm[0]).max(along_columns * slice.pixel_spacing_mm[1]).max(0.0);
+        let cut = (along_rows * slice.pixel_spacing_mm[0]).max(along_columns * slice.pixel_spacing_mm[1]).max(0.0);
         cut_slices += usize::from(cut > CUT_MM);
         crop_cut_mm = crop_cut_mm.max(cut);
     }

@@ -230,7 +230,10 @@ impl InPlanePlan {
         out_hw: [usize; 2],
         shift_px: [f64; 2],
     ) -> Self {
-        assert!((1..=MAX_SIDE).contains(&rows) && (1..=MAX_SIDE).contains(&columns), "slice sides must be in 1..=65535");
+        assert!(
+            (1..=MAX_SIDE).contains(&rows) && (1..=MAX_SIDE).contains(&columns),
+            "slice sides must be in 1..=65535"
+        );
         assert!(out_hw.iter().all(|n| (1..=MAX_SIDE as usize).contains(n)), "output sides must be in 1..=65535");
         assert!(crop_fraction > 0.0 && crop_fraction <= 1.0, "crop fraction must be in (0, 1]");
         assert!(shift_px.iter().all(|s| s.is_finite()), "shift must be finite");
@@ -312,11 +315,7 @@ impl InPlanePlan {
 
     /// The axes that run along stored rows and along stored columns.
     pub(super) fn stored_axes(&self) -> (&Axis, &Axis) {
-        if self.orientation.transpose {
-            (&self.horizontal, &self.vertical)
-        } else {
-            (&self.vertical, &self.horizontal)
-        }
+        if self.orientation.transpose { (&self.horizontal, &self.vertical) } else { (&self.vertical, &self.horizontal) }
     }
 }
 
@@ -358,12 +357,7 @@ impl DepthPlan {
     ///
     /// # Panics
     /// When `out_d` is zero.
-    pub fn new(
-        depth_mm: &[f64],
-        grid: DepthGrid,
-        direction: SliceDirection,
-        out_d: usize,
-    ) -> Result<Self, Refusal> {
+    pub fn new(depth_mm: &[f64], grid: DepthGrid, direction: SliceDirection, out_d: usize) -> Result<Self, Refusal> {
         assert!(out_d > 0, "at least one plane");
         let n = depth_mm.len();
         if n < 2 {
@@ -457,12 +451,7 @@ impl DepthPlan {
         let (low, high) = self.edges;
         let covered = (a.max(b).min(high) - a.min(b).max(low)).max(0.0);
         let extent_mm = high - low;
-        DepthCoverage {
-            planes_in_scan,
-            scan_share: (covered / extent_mm).min(1.0),
-            pitch_mm: self.pitch,
-            extent_mm,
-        }
+        DepthCoverage { planes_in_scan, scan_share: (covered / extent_mm).min(1.0), pitch_mm: self.pitch, extent_mm }
     }
 }
 
