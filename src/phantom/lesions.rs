@@ -1,0 +1,228 @@
+//! What the disease adds: patches of ground-glass and consolidation, and pleural fluid.
+
+use super::anatomy::{Anatomy, Ellipsoid, Lobe};
+use super::math::{Draw, V3, add, scale, smoothstep};
+use super::tree::Branch;
+use super::{PhantomClass, PhantomSpec, Stage};
+
+/// Free fluid in one pleural space: the lung is pushed up and to the front by a thickness that falls with height.
+#[derive(Clone, Copy, Debug)]
+struct Effusion {
+    /// -1 right, +1 left.
+    side: f64,
+    thickness: f64,
+    top_t: f64,
+    /// +1 lies back (supine), -1 front (prone).
+    gravity: f64,
+}
+
+/// The lesions of one patient, anatomy coordinates.
+pub(super) struct Lesions {
+    ground_glass: Vec<Ellipsoid>,
+    consolidation: Vec<Ellipsoid>,
+    /// Consolidation that stops at the fissures of one lobe.
+    lobar: Vec<(Lobe, Ellipsoid)>,
+    effusions: Vec<Effusion>,
+    /// HU that full ground-glass adds to the parenchyma, and that a septum adds on top.
+    pub(super) ground_glass_hu: f32,
+    pub(super) septa_hu: f32,
+    /// Share of the parenchymal texture that breaks up the patches.
+    pub(super) ragged: f32,
+}
+
+impl Lesions {
+    /// `points` are random places in the lungs, `branches` the airways of each lobe.
+    pub(super) fn new(
+        spec: &PhantomSpec,
+        an: &Anatomy,
+        points: &[V3],
+        branches: &[(Lobe, Vec<Branch>)],
+        prone: bool,
+    ) -> Self {
+        let mut d = Draw::new(spec.seed, 40);
+        let mut this = Self {
+            ground_glass: Vec::new(),
+            consolidation: Vec::new(),
+            lobar: Vec::new(),
+            effusions: Vec::new(),
+            ground_glass_hu: 250.0,
+            septa_hu: 0.0,
+            ragged: 0.25,
+        };
+        let severity = spec.severity.clamp(0.05, 1.0);
+        match spec.class {
+            PhantomClass::Healthy => {}
+            PhantomClass::Covid => this.covid(&mut d, spec.stage, severity, an, points),
+            PhantomClass::Cp => this.common_pneumonia(&mut d, severity, an, points, branches, prone),
+        }
+        this
+    }
+
+    /// Bilateral, peripheral, lower-lobe-weighted, multifocal.
+    fn covid(&mut self, d: &mut Draw, stage: Stage, severity: f64, an: &Anatomy, points: &[V3]) {
+        let (base, size, crazy, solid) = match stage {
+            Stage::Early => (5.0, 0.75, 0.25, 0.0),
+            Stage::Progressive => (10.0, 1.0, 0.9, 0.2),
+            Stage::Peak => (13.0, 1.15, 0.7, 0.65),
+            Stage::Absorption => (11.0, 0.95, 0.15, 0.5),
+        };
+        self.ground_glass_hu = match stage {
+            Stage::Early => d.range(190.0, 260.0),
+            Stage::Absorption => d.range(170.0, 240.0),
+            _ => d.range(225.0, 320.0),
+        } as f32;
+        if d.chance(crazy) {
+            self.septa_hu = d.range(150.0, 240.0) as f32;
+        }
+        let count = (base * (0.45 + 1.3 * severity)) as usize + 2;
+        // Weighted choice: subpleural, low and dorsal places win.
+        let weight = |p: V3| {
+            let depth = -an.cage(p);
+            let peripheral = smoothstep(34.0, 8.0, depth);
+            let low = smoothstep(0.95, 0.15, an.t(p[2]));
+            let dorsal = smoothstep(0.1, 0.9, (p[1] - an.front_y(p[2])) / (an.back_y(p[2]) - an.front_y(p[2])));
+            0.02 + peripheral * (0.12 + 0.88 * low) * (0.25 + 0.75 * dorsal)
+        };
+        for k in 0..count {
+            // Alternate sides so that the disease is bilateral, then as it comes.
+            let side = if k < 4 { Some(if k % 2 == 0 { -1.0 } else { 1.0 }) } else { None };
+            let Some(c) = pick(d, points, |p| side.map_or(true, |s| p[0] * s > 0.0), weight) else { continue };
+            let across = d.range(13.0, 34.0) * size * (0.75 + 0.5 * severity);
+            let deep = across * d.range(0.42, 0.72);
+            let normal = an.cage_normal(c);
+            let patch =
+                Ellipsoid::along(c, add(normal, scale(d.direction(), 0.25)), [deep, across, across * d.range(0.7, 1.2)]);
+            self.ground_glass.push(patch);
+            if d.chance(solid) {
+                let inner = if stage == Stage::Absorption {
+                    // Bands parallel to the pleura.
+                    [d.range(3.0, 5.0), across * 0.8, d.range(4.0, 8.0)]
+                } else {
+                    [deep * 0.55, across * d.range(0.35, 0.7), across * d.range(0.3, 0.6)]
+                };
+                let at = add(c, scale(normal, deep * 0.2));
+                self.consolidation.push(Ellipsoid::along(at, add(normal, scale(d.direction(), 0.3)), inner));
+            }
+        }
+    }
+
+    /// Lobar or patchy consolidation, now and then with fluid beside it.
+    fn common_pneumonia(
+        &mut self,
+        d: &mut Draw,
+        severity: f64,
+        an: &Anatomy,
+        points: &[V3],
+        branches: &[(Lobe, Vec<Branch>)],
+        prone: bool,
+    ) {
+        self.ground_glass_hu = d.range(230.0, 360.0) as f32;
+        self.ragged = 0.32;
+        let lobes = [Lobe::RightLower, Lobe::LeftLower, Lobe::RightLower, Lobe::RightMiddle, Lobe::RightUpper, Lobe::LeftUpper, Lobe::LeftLower];
+        let main = lobes[d.below(lobes.len())];
+        let lobar = d.chance(0.5);
+        if lobar {
+            let inside = |p: V3| an.inside_lobe(main, p) > 8.0;
+            let Some(c) = pick(d, points, inside, |p| smoothstep(60.0, 5.0, -an.cage(p)) + 0.1) else { return };
+            let r = d.range(42.0, 70.0) * (0.65 + 0.55 * severity);
+            let core = Ellipsoid::along(c, d.direction(), [r, r * d.range(0.7, 1.0), r * d.range(0.7, 1.0)]);
+            self.lobar.push((main, core));
+            let mut halo = core;
+            halo.radii = halo.radii.map(|v| v * 1.25 + 4.0);
+            self.ground_glass.push(halo);
+        }
+        // Patches along the airways.
+        let count = if lobar { d.below(4) } else { 5 + (12.0 * severity) as usize };
+        let second = lobes[d.below(lobes.len())];
+        for k in 0..count {
+            let lobe = if k % 3 == 2 { second } else { main };
+            let Some((_, tree)) = branches.iter().find(|(l, _)| *l == lobe) else { continue };
+            let usable: Vec<&Branch> = tree.iter().filter(|b| (6..90).contains(&b.leaves)).collect();
+            if usable.is_empty() {
+                continue;
+            }
+            let b = usable[d.below(usable.len())];
+            let r = d.range(9.0, 22.0) * (0.7 + 0.6 * severity);
+            let along = [0, 1, 2].map(|i| b.b[i] - b.a[i]);
+            let patch = Ellipsoid::along(b.b, along, [r * d.range(1.0, 1.4), r, r * d.range(0.7, 1.0)]);
+            self.lobar.push((lobe, patch));
+            let mut halo = patch;
+            halo.radii = halo.radii.map(|v| v * 1.35 + 3.0);
+            self.ground_glass.push(halo);
+        }
+        if d.chance(0.45) {
+            let side = match main {
+                Lobe::LeftLower | Lobe::LeftUpper => 1.0,
+                _ => -1.0,
+            };
+            let gravity = if prone { -1.0 } else { 1.0 };
+            let thickness = d.range(12.0, 40.0) * (0.6 + 0.6 * severity);
+            self.effusions.push(Effusion { side, thickness, top_t: d.range(0.45, 0.85), gravity });
+            if d.chance(0.25) {
+                self.effusions.push(Effusion { side: -side, thickness: thickness * 0.5, top_t: 0.45, gravity });
+            }
+        }
+    }
+
+    /// `[effusion (distance), ground-glass (level), consolidation (level)]` at a point of the pleural cavity.
+    pub(super) fn at(&self, an: &Anatomy, p: V3, lung: f64) -> [f64; 3] {
+        let mut fluid = 50.0f64;
+        let mut solid = -1.0f64;
+        for e in &self.effusions {
+            if p[0] * e.side <= 0.0 {
+                continue;
+            }
+            let t = an.t(p[2]);
+            let thick = e.thickness * smoothstep(e.top_t, 0.05, t);
+            if thick > 0.5 {
+                let moved = an.lung([p[0], p[1] + e.gravity * thick, p[2] - 0.5 * thick]);
+                fluid = fluid.min(lung.max(-moved));
+                // Lung pressed airless along the fluid.
+                let rim = 0.25 * e.thickness.min(24.0) * smoothstep(e.top_t - 0.15, 0.1, t);
+                if rim > 0.5 {
+                    solid = solid.max(((moved + rim) / rim).clamp(-1.0, 1.0) * 0.6);
+                }
+            }
+        }
+        let mut glass = -1.0f64;
+        for e in &self.ground_glass {
+            glass = glass.max(1.0 - e.level(p));
+        }
+        for e in &self.consolidation {
+            solid = solid.max(1.0 - e.level(p));
+        }
+        for (lobe, e) in &self.lobar {
+            let level = 1.0 - e.level(p);
+            if level > solid {
+                // The fissure is a sharp border.
+                solid = solid.max(level.min(an.inside_lobe(*lobe, p) / 6.0));
+            }
+        }
+        [fluid, glass, solid]
+    }
+}
+
+/// A point chosen with a weight, among those allowed, by rejection (bounded) and then the best of the tried.
+fn pick(d: &mut Draw, points: &[V3], allowed: impl Fn(V3) -> bool, weight: impl Fn(V3) -> f64) -> Option<V3> {
+    const TRIES: usize = 400;
+    if points.is_empty() {
+        return None;
+    }
+    let mut best = None;
+    let mut best_weight = 0.0;
+    for _ in 0..TRIES {
+        let p = points[d.below(points.len())];
+        if !allowed(p) {
+            continue;
+        }
+        let w = weight(p);
+        if d.unit() < w {
+            return Some(p);
+        }
+        if w > best_weight {
+            best_weight = w;
+            best = Some(p);
+        }
+    }
+    best
+}
