@@ -13,8 +13,8 @@ use crate::pipeline::folder::FolderConfig;
 use crate::pipeline::ingest::Durability;
 use crate::pipeline::publish::{Preference, ResultsConfig};
 use crate::report::outbox::OutboxConfig;
-use crate::report::policy::AlertConfig;
-use crate::report::sink::WebhookConfig;
+use crate::report::policy::AlertPolicy;
+use crate::report::webhook::WebhookConfig;
 use crate::telemetry::LogConfig;
 use crate::volume::completion::CompletionRules;
 use crate::volume::geometry::GeometryLimits;
@@ -64,9 +64,9 @@ pub struct Config {
     /// What is rendered and for how long it is kept.
     pub results: ResultsConfig,
     /// The alert policy.
-    pub alert: AlertConfig,
+    pub alert: AlertPolicy,
     /// Where alerts and results go.
-    pub webhook: Vec<WebhookConfig>,
+    pub webhook: WebhookConfig,
     /// Retries.
     pub outbox: OutboxConfig,
     /// Metrics, health, results.
@@ -87,8 +87,8 @@ impl Default for Config {
             geometry: GeometryLimits::default(),
             preference: Preference::default(),
             results: ResultsConfig::default(),
-            alert: AlertConfig::default(),
-            webhook: Vec::new(),
+            alert: AlertPolicy::default(),
+            webhook: WebhookConfig::default(),
             outbox: OutboxConfig::default(),
             web: WebConfig::default(),
             log: LogConfig::default(),
@@ -228,20 +228,13 @@ impl Config {
         faults.extend(self.folder.validate());
         faults.extend(self.assembly.validate());
         faults.extend(self.results.validate());
-        faults.extend(self.alert.validate());
-        for webhook in &self.webhook {
-            faults.extend(webhook.validate());
-        }
-        faults.extend(self.outbox.validate());
-        faults.extend(self.web.validate());
-        faults.extend(self.log.validate());
+        faults.extend(self.alert.validate().into_iter().map(|f| format!("alert.{f}")));
+        faults.extend(self.webhook.validate().into_iter().map(|f| format!("webhook.{f}")));
+        faults.extend(self.outbox.validate().into_iter().map(|f| format!("outbox.{f}")));
+        faults.extend(self.web.validate().into_iter().map(|f| format!("web.{f}")));
+        faults.extend(self.log.validate().into_iter().map(|f| format!("log.{f}")));
         if self.geometry.max_slices as u64 > self.assembly.max_objects_per_series {
             faults.push("geometry.max_slices: expected at most assembly.max_objects_per_series".to_owned());
-        }
-        let mut names: Vec<&str> = self.webhook.iter().map(|w| w.name.as_str()).collect();
-        names.sort_unstable();
-        if names.windows(2).any(|w| w[0] == w[1]) {
-            faults.push("webhook.name: expected different names, got one twice".to_owned());
         }
         faults
     }

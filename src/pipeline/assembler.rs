@@ -28,7 +28,7 @@ use crate::pipeline::planes::SharedPlane;
 use crate::pipeline::series::{Selection, SliceFacts, select};
 use crate::resample::lung::SliceLung;
 use crate::resample::plan::InPlanePlan;
-use crate::telemetry::{StudyHash, events};
+use crate::telemetry::{StudyHash, events, incidents};
 use crate::volume::completion::{Cause, Completion, CompletionRules, Progress};
 use crate::volume::geometry::{GeometryLimits, InPlaneOrientation, SliceGeometry};
 use crate::volume::journal::{JournalReader, RecordRef};
@@ -683,7 +683,7 @@ impl Assembler {
         if series.revision >= max_revisions {
             if !series.over_bound {
                 series.over_bound = true;
-                events::CorrectionBoundReached { series: key, revisions: series.revision }.emit();
+                incidents::CorrectionBoundReached { series: key, revisions: series.revision }.emit();
             }
             return;
         }
@@ -714,7 +714,7 @@ impl Assembler {
     fn retire(&mut self, key: &StudyHash) {
         if self.series.remove(key).is_some() {
             self.journals.close(key.clone());
-            events::SeriesRetired { series: key, open: self.series.len() }.emit();
+            incidents::SeriesRetired { series: key, open: self.series.len() }.emit();
         }
     }
 }

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::dicom::part10::read_part10;
 use crate::dicom::scp::StoreStatus;
 use crate::pipeline::ingest::{Door, Entrance};
-use crate::telemetry::events;
+use crate::telemetry::incidents;
 
 /// Time between two listings of the folder.
 pub const RESCAN: Duration = Duration::from_secs(2);
@@ -216,7 +216,7 @@ impl Scan {
         let part10 = match read_part10(path, self.max_object_bytes) {
             Ok(part10) => part10,
             Err(error) => {
-                events::FolderFileRefused { error: &error.to_string() }.emit();
+                incidents::FolderFileRefused { detail: &error.to_string() }.emit();
                 return;
             }
         };
@@ -235,7 +235,7 @@ impl Scan {
             AfterTaking::Move => self.move_aside(path),
         };
         if done.is_err() {
-            events::FolderFileRefused { error: "a file that was taken could not be moved or deleted" }.emit();
+            incidents::FolderFileRefused { detail: "a file that was taken could not be moved or deleted" }.emit();
         }
     }
 

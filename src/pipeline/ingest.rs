@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::dicom::header::{self, ObjectClass, SliceHeader};
 use crate::dicom::scp::{AssociationHandler, AssociationInfo, HandlerFactory, ScpEvent, StoreRequest, StoreStatus};
 use crate::telemetry::events::Stage;
-use crate::telemetry::{StudyHash, StudyHasher, events};
+use crate::telemetry::{StudyHash, StudyHasher, events, incidents};
 use crate::volume::journal::{JournalError, JournalReader, JournalWriter, OwnedRecordHead, RecordHead, RecordKind, RecordRef};
 
 /// Records one sync may cover. Bounded by the associations that can wait: 64 x 512 KiB is 32 MiB of dirty pages.
@@ -300,7 +300,7 @@ impl JournalThread {
                 if let Some(journal) = self.open.get_mut(series)
                     && let Err(error) = journal.writer.sync()
                 {
-                    events::JournalFailed { operation: "sync", error: &error.to_string() }.emit();
+                    incidents::JournalFailed { operation: "sync", detail: &error.to_string() }.emit();
                     // What the page cache holds after a failed sync is unknown: reopen and read back before going on.
                     self.open.remove(series);
                     failed.push(series.clone());
@@ -338,7 +338,7 @@ impl JournalThread {
             Err(error) => {
                 let reason = if matches!(error, JournalError::NoSpace { .. }) { "no_space" } else { "journal" };
                 events::SliceRefused { reason, status: StoreStatus::OutOfResources.code() }.emit();
-                events::JournalFailed { operation: "append", error: &error.to_string() }.emit();
+                incidents::JournalFailed { operation: "append", detail: &error.to_string() }.emit();
                 Appended { request, status: StoreStatus::OutOfResources, arrival: None }
             }
         }
@@ -462,7 +462,7 @@ impl JournalThread {
         payload: &mut Vec<u8>,
     ) -> Option<Arrival> {
         if let Err(error) = reader.read(record, payload) {
-            events::JournalFailed { operation: "read", error: &error.to_string() }.emit();
+            incidents::JournalFailed { operation: "read", detail: &error.to_string() }.emit();
             return None;
         }
         let header = header::parse_header(payload, &head.transfer_syntax_uid).ok()?;
@@ -493,7 +493,7 @@ impl JournalThread {
                 self.open.insert(series.clone(), journal);
                 let _ = self.assembler.send(ToAssembler::Recovered { series: series.clone(), slices, published });
             }
-            Err(error) => events::JournalFailed { operation: "recover", error: &error.to_string() }.emit(),
+            Err(error) => incidents::JournalFailed { operation: "recover", detail: &error.to_string() }.emit(),
         }
     }
 
@@ -501,7 +501,7 @@ impl JournalThread {
     fn resend(&mut self, series: &StudyHash) {
         self.open.remove(series);
         if let Err(error) = self.journal(series) {
-            events::JournalFailed { operation: "resend", error: &error.to_string() }.emit();
+            incidents::JournalFailed { operation: "resend", detail: &error.to_string() }.emit();
         }
     }
 
@@ -521,7 +521,7 @@ impl JournalThread {
         });
         if let Err(error) = written {
             // Without its note the series is judged again after a restart, with the same result and UIDs.
-            events::JournalFailed { operation: "note", error: &error.to_string() }.emit();
+            incidents::JournalFailed { operation: "note", detail: &error.to_string() }.emit();
         }
     }
 }
@@ -602,7 +602,7 @@ impl Door {
                     return (StoreStatus::Success, dataset);
                 }
                 events::SliceRefused { reason: "header", status: StoreStatus::CannotUnderstand.code() }.emit();
-                events::HeaderUnreadable { error: &error.to_string() }.emit();
+                incidents::HeaderUnreadable { detail: &error.to_string() }.emit();
                 return (StoreStatus::CannotUnderstand, dataset);
             }
         };

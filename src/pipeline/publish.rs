@@ -34,7 +34,7 @@ use crate::resample::cpu::Window;
 use crate::resample::lung::LungReport;
 use crate::store::{NewOutcome, OutboxDraft, OutcomeBody, ResultRecord, Store, StoreError, StoreHandle, unix_ms};
 use crate::telemetry::events::{self, Stage};
-use crate::telemetry::{MetricsHandle, StudyHash};
+use crate::telemetry::{MetricsHandle, StudyHash, incidents};
 use crate::volume::refusal::{Reason, Refusal};
 use crate::web::WebServer;
 
@@ -384,7 +384,7 @@ impl Publisher {
         let committed = match self.commit(&job, &report) {
             Ok(committed) => committed,
             Err(error) => {
-                events::CommitFailed { series: &job.series, detail: &error.to_string() }.emit();
+                incidents::CommitFailed { series: &job.series, detail: &error.to_string() }.emit();
                 return message;
             }
         };
@@ -440,7 +440,7 @@ impl Publisher {
                 _done: done,
             };
             if render.try_send(render_job).is_err() {
-                events::RenderingSkipped { series: &job.series }.emit();
+                incidents::RenderingSkipped { series: &job.series }.emit();
             }
         }
         if let Some(observer) = &self.observer {
@@ -633,7 +633,7 @@ impl Renderer {
         let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.try_render(job)));
         match made {
             Ok(Ok(())) => {}
-            Ok(Err(detail)) => events::RenderingFailed { series: &job.series, detail: &detail }.emit(),
+            Ok(Err(detail)) => incidents::RenderingFailed { series: &job.series, detail: &detail }.emit(),
             Err(_) => events::PanicContained { stage: "explain", series: Some(&job.series) }.emit(),
         }
         events::StageTimed { stage: Stage::Explain, took: started.elapsed() }.emit();
@@ -676,9 +676,9 @@ impl Renderer {
                     let _ = std::fs::remove_dir_all(self.series_dir.join(series.as_str()));
                     let _ = std::fs::remove_dir_all(self.results_dir.join(series.as_str()));
                 }
-                events::RetentionDone { studies: report.studies, kept: report.kept_for_outbox }.emit();
+                incidents::RetentionDone { studies: report.studies, kept: report.kept_for_outbox }.emit();
             }
-            Err(error) => events::CommitFailed { series: &StudyHash::default(), detail: &error.to_string() }.emit(),
+            Err(error) => incidents::CommitFailed { series: &StudyHash::default(), detail: &error.to_string() }.emit(),
         }
     }
 }

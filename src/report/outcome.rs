@@ -228,6 +228,20 @@ impl InferDocument {
     }
 }
 
+/// How the slices were reconstructed; by it one series of a study is chosen to speak for it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Reconstruction {
+    /// ConvolutionKernel.
+    pub kernel: Option<String>,
+    /// SliceThickness, millimetres.
+    pub slice_thickness_mm: Option<f64>,
+    /// Median distance between slices, millimetres.
+    pub spacing_mm: Option<f64>,
+    /// Whether neither end of the scan cuts the lungs.
+    pub covers_lungs: bool,
+}
+
 /// How a series came to its end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CompletionInfo {
@@ -280,6 +294,9 @@ pub struct ResultDocument {
     pub alert: Decision,
     /// The daemon's waits.
     pub latency: ResultLatency,
+    /// How the slices were reconstructed.
+    #[serde(default)]
+    pub reconstruction: Option<Reconstruction>,
     /// What is said about the series.
     pub report: SeriesReport,
 }
@@ -312,6 +329,7 @@ impl ResultDocument {
             completion: CompletionInfo { cause: completion_cause.into() },
             alert,
             latency,
+            reconstruction: None,
             report,
         }
     }

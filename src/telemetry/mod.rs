@@ -10,6 +10,7 @@
 //! Absent: an HTTP listener (it is in `web`) and any knowledge of a stage. A leaf: imports no module of this crate.
 
 pub mod events;
+pub mod incidents;
 mod hash;
 mod log;
 mod recorder;
