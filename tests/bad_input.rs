@@ -92,12 +92,7 @@ const CASES: &[Case] = &[
         reason: "",
         says: "Rows",
     },
-    Case {
-        name: "one slice",
-        prepare: |files, to| copy(&files[..1], to),
-        reason: "too_few_slices",
-        says: "1",
-    },
+    Case { name: "one slice", prepare: |files, to| copy(&files[..1], to), reason: "too_few_slices", says: "1" },
     Case {
         name: "mixed sizes, a third of them",
         prepare: |files, to| {
@@ -284,7 +279,10 @@ fn twenty_thousand_slices_are_refused_before_they_fill_memory() {
     let files = common::files_below(dir.path(), |_| true);
     let options = SendOptions { to: daemon.dicom.clone(), ..SendOptions::default() };
     let report = send(&files, &options, &mut |_| {}).unwrap();
-    assert!(report.stored >= 4096 && report.stored < files.len(), "the surplus is answered with a failure, so the sender keeps it");
+    assert!(
+        report.stored >= 4096 && report.stored < files.len(),
+        "the surplus is answered with a failure, so the sender keeps it"
+    );
     let results = daemon.wait_results(1, 120);
     assert_eq!(results[0]["outcome"], "no_result");
 }

@@ -51,8 +51,7 @@ fn a_300_slice_series_in_random_order_gives_bit_identical_scores() {
     assert_eq!(judgements[0], judgements[1]);
     assert_eq!(judgements[0], judgements[2], "four associations at once");
 
-    let (code, out, err) =
-        run(Command::new(DARNET).args(["infer", "--json"]).arg(&series.folder));
+    let (code, out, err) = run(Command::new(DARNET).args(["infer", "--json"]).arg(&series.folder));
     assert_eq!(code, 0, "{err}");
     let document: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(judged(&document["series"][0]), judgements[0], "files give what the network gives");

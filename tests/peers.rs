@@ -40,9 +40,8 @@ fn storescu_pushes_a_series_and_gets_a_result() {
     let storescu = require("storescu", DCMTK);
     let series = chest_series();
     let daemon = Daemon::start("");
-    let (code, out, err) = run(Command::new(storescu)
-        .args(["-aec", "DARNET", "127.0.0.1", daemon.dicom_port()])
-        .args(&series.files));
+    let (code, out, err) =
+        run(Command::new(storescu).args(["-aec", "DARNET", "127.0.0.1", daemon.dicom_port()]).args(&series.files));
     assert_eq!(code, 0, "{out}{err}");
     expect_one_result(&daemon, &series, "storescu");
 }

@@ -26,7 +26,9 @@ fn receiver(statuses: Vec<u16>) -> (String, mpsc::Receiver<(String, String)>) {
                 if let Some((head, body)) = text.split_once("\r\n\r\n") {
                     let length: usize = head
                         .lines()
-                        .find_map(|l| l.to_ascii_lowercase().strip_prefix("content-length:").map(|v| v.trim().parse().unwrap()))
+                        .find_map(|l| {
+                            l.to_ascii_lowercase().strip_prefix("content-length:").map(|v| v.trim().parse().unwrap())
+                        })
                         .unwrap_or(0);
                     if body.len() >= length {
                         break (head.to_owned(), body.to_owned());
@@ -66,7 +68,9 @@ fn a_series_killed_half_way_is_resumed_and_gives_the_same_result() {
     push(&daemon, &series.files[40..]);
     let daemon = {
         // Shorten the wait: the same data with the default grace.
-        let text = std::fs::read_to_string(&daemon.config).unwrap().replace("grace_ms = 60000", "grace_ms = 500\nidle_ms = 2000");
+        let text = std::fs::read_to_string(&daemon.config)
+            .unwrap()
+            .replace("grace_ms = 60000", "grace_ms = 500\nidle_ms = 2000");
         std::fs::write(&daemon.config, text).unwrap();
         daemon.kill_and_restart()
     };

@@ -12,7 +12,8 @@ use darnet::dicom::scu::{SendOptions, send};
 use darnet::phantom::{DicomOptions, PhantomClass, PhantomSpec, generate, write_dicom};
 use darnet::pipeline::publish::ResultNotice;
 use darnet::pipeline::{Daemon, observer};
-use darnet::report::sink::{WebhookConfig, verify_signature};
+use darnet::report::webhook::{WebhookConfig, verify_signature};
+use darnet::store::unix_ms;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -97,7 +98,12 @@ pub fn demo(args: &DemoArgs) -> anyhow::Result<Ended> {
     let (tx, notices) = observer();
     let config = local_config(&data);
     let daemon = Daemon::start_with(&config, &model, Some(tx))?;
-    say(&format!("daemon    DICOM {} as {}, web http://{}", daemon.dicom_addr(), config.dicom.ae_title, daemon.web_addr()));
+    say(&format!(
+        "daemon    DICOM {} as {}, web http://{}",
+        daemon.dicom_addr(),
+        config.dicom.ae_title,
+        daemon.web_addr()
+    ));
     let bar = progress_bar(paths.len() as u64, "C-STORE");
     let options =
         SendOptions { to: daemon.dicom_addr().to_string(), slices_per_s: Some(args.rate), ..SendOptions::default() };
@@ -106,7 +112,11 @@ pub fn demo(args: &DemoArgs) -> anyhow::Result<Ended> {
     if report.stored != paths.len() {
         bail!("{} of {} slices were not stored", paths.len() - report.stored, paths.len());
     }
-    say(&format!("sent      {} slices in {:.1} s, every one acknowledged after it was durable", report.stored, report.elapsed.as_secs_f64()));
+    say(&format!(
+        "sent      {} slices in {:.1} s, every one acknowledged after it was durable",
+        report.stored,
+        report.elapsed.as_secs_f64()
+    ));
     let notice = notices.recv_timeout(Duration::from_secs(600)).context("wait for the outcome")?;
     notice.wait_rendered(Duration::from_secs(60));
     show(&notice, args.json, &daemon)?;
@@ -116,7 +126,7 @@ pub fn demo(args: &DemoArgs) -> anyhow::Result<Ended> {
         let _ = signals.forever().next();
     }
     daemon.shutdown(Duration::from_secs(2));
-    Ok(if notice.document["outcome"] == "result" { Ended::Done } else { Ended::NoResult })
+    Ok(if notice.report()["outcome"] == "result" { Ended::Done } else { Ended::NoResult })
 }
 
 fn show(notice: &ResultNotice, as_json: bool, daemon: &Daemon) -> anyhow::Result<()> {
@@ -130,22 +140,27 @@ fn show(notice: &ResultNotice, as_json: bool, daemon: &Daemon) -> anyhow::Result
             "web": daemon.web_addr().to_string(),
         }));
     }
-    println!("outcome   {}", notice.document["outcome"].as_str().unwrap_or("?"));
-    if let Some(scores) = notice.document["scores"].as_object() {
+    println!("outcome   {}", notice.report()["outcome"].as_str().unwrap_or("?"));
+    if let Some(scores) = notice.report()["scores"].as_object() {
         for (class, score) in scores {
             println!("  {class:<12} {:.4}", score.as_f64().unwrap_or(f64::NAN));
         }
-        println!("predicted {}", notice.document["predicted"].as_str().unwrap_or("?"));
+        println!("predicted {}", notice.report()["predicted"].as_str().unwrap_or("?"));
     } else {
-        println!("reason    {}: {}", notice.document["reason"], notice.document["detail"]);
+        println!("reason    {}: {}", notice.report()["reason"], notice.report()["detail"]);
     }
     println!("alert     {}", notice.document["alert"]);
-    if let Some(latency) = notice.document["latency_ms"].as_object() {
+    if let Some(latency) = notice.report()["latency_ms"].as_object() {
         println!("latency   milliseconds");
         for (stage, ms) in latency {
             println!("  {stage:<28} {:>10.2}", ms.as_f64().unwrap_or(f64::NAN));
         }
     }
+    println!(
+        "last slice to alert {:.1} ms, of which {:.1} ms were waiting for completion",
+        notice.last_slice_to_alert_s * 1e3,
+        notice.completion_wait_s * 1e3
+    );
     for page in pages {
         println!("heat map  {}", page.display());
     }
@@ -178,17 +193,20 @@ struct Check {
 /// `darnet acceptance`.
 pub fn acceptance(args: &AcceptanceArgs) -> anyhow::Result<Ended> {
     let model = modelcmd::load(args.engine.model.as_ref())?;
-    let expected_text = match &args.engine.model {
+    let expected_text: Option<String> = match &args.engine.model {
         Some(dir) => std::fs::read_to_string(dir.join(EXPECTED_FILE)).ok(),
         None => Some(include_str!("../../engines/demo/acceptance.json").to_owned()),
     };
-    let expected: Option<Expected> =
-        expected_text.filter(|t| !t.trim().is_empty()).map(|t| serde_json::from_str(&t)).transpose().context("read what the model answers")?;
+    let expected: Option<Expected> = expected_text
+        .filter(|t| !t.trim().is_empty())
+        .map(|t| serde_json::from_str(&t))
+        .transpose()
+        .context("read what the model answers")?;
     let scratch = scratch_dir("acceptance")?;
     let data = scratch.path().join("data");
     std::fs::create_dir(&data)?;
 
-    let secret = "acceptance";
+    let secret = "the acceptance test of this installation";
     let secret_file = scratch.path().join("secret");
     std::fs::write(&secret_file, secret)?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -201,12 +219,8 @@ pub fn acceptance(args: &AcceptanceArgs) -> anyhow::Result<Ended> {
     config.model.backend = args.engine.backend;
     config.model.threads = args.engine.threads;
     config.assembly.grace_ms = 500;
-    config.webhook.push(WebhookConfig {
-        name: "acceptance".to_owned(),
-        url: format!("http://{address}/"),
-        secret_file: Some(secret_file),
-        ..WebhookConfig::default()
-    });
+    config.webhook =
+        WebhookConfig { url: format!("http://{address}/"), secret_file: Some(secret_file), ..WebhookConfig::default() };
     let (tx, notices) = observer();
     let daemon = Daemon::start_with(&config, &model, Some(tx))?;
 
@@ -225,12 +239,15 @@ pub fn acceptance(args: &AcceptanceArgs) -> anyhow::Result<Ended> {
         });
         let notice = notices.recv_timeout(Duration::from_secs(600)).context("wait for the outcome")?;
         let scores: BTreeMap<String, f64> =
-            serde_json::from_value(notice.document["scores"].clone()).unwrap_or_default();
+            serde_json::from_value(notice.report()["scores"].clone()).unwrap_or_default();
         match &expected {
             Some(expected) => {
                 let known = expected.scores.get(name);
                 let worst = known.map_or(f64::INFINITY, |known| {
-                    known.iter().map(|(c, v)| (scores.get(c).unwrap_or(&f64::NAN) - v).abs()).fold(0.0, |a, b| if b.is_nan() { f64::INFINITY } else { f64::max(a, b) })
+                    known
+                        .iter()
+                        .map(|(c, v)| (scores.get(c).unwrap_or(&f64::NAN) - v).abs())
+                        .fold(0.0, |a, b| if b.is_nan() { f64::INFINITY } else { f64::max(a, b) })
                 });
                 checks.push(Check {
                     name: format!("{name}: the known result"),
@@ -240,7 +257,7 @@ pub fn acceptance(args: &AcceptanceArgs) -> anyhow::Result<Ended> {
             }
             None => checks.push(Check {
                 name: format!("{name}: a result"),
-                passed: notice.document["outcome"] == "result",
+                passed: notice.report()["outcome"] == "result",
                 detail: format!("the model has no {EXPECTED_FILE}: only that there is a result was checked"),
             }),
         }
@@ -253,7 +270,7 @@ pub fn acceptance(args: &AcceptanceArgs) -> anyhow::Result<Ended> {
         });
         let delivery = delivered.recv_timeout(Duration::from_secs(30));
         let signed = delivery.as_ref().is_ok_and(|(signature, body): &(String, Vec<u8>)| {
-            verify_signature(secret.as_bytes(), signature, body)
+            verify_signature(secret.as_bytes(), signature, body, unix_ms() / 1000, 300)
         });
         checks.push(Check {
             name: format!("{name}: delivered and signed"),
@@ -268,23 +285,20 @@ pub fn acceptance(args: &AcceptanceArgs) -> anyhow::Result<Ended> {
     let notice = notices.recv_timeout(Duration::from_secs(60)).context("wait for the refusal")?;
     checks.push(Check {
         name: "five slices are refused".to_owned(),
-        passed: notice.document["reason"] == "too_few_slices",
-        detail: notice.document["reason"].to_string(),
+        passed: notice.report()["reason"] == "too_few_slices",
+        detail: notice.report()["reason"].to_string(),
     });
     daemon.shutdown(Duration::from_secs(2));
 
     if let Some(path) = &args.record {
-        let expected =
-            Expected { schema: EXPECTED_SCHEMA.to_owned(), tolerance: EXPECTED_TOLERANCE, scores: recorded };
+        let expected = Expected { schema: EXPECTED_SCHEMA.to_owned(), tolerance: EXPECTED_TOLERANCE, scores: recorded };
         std::fs::write(path, serde_json::to_string_pretty(&expected)? + "\n")
             .with_context(|| format!("write {}", path.display()))?;
     }
     let passed = checks.iter().all(|c| c.passed);
     if args.json {
-        let list: Vec<Value> = checks
-            .iter()
-            .map(|c| json!({ "check": c.name, "passed": c.passed, "detail": c.detail }))
-            .collect();
+        let list: Vec<Value> =
+            checks.iter().map(|c| json!({ "check": c.name, "passed": c.passed, "detail": c.detail })).collect();
         print_json(&json!({
             "schema": "darnet.acceptance/1",
             "passed": passed,

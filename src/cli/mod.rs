@@ -230,12 +230,15 @@ pub struct PhantomArgs {
     /// File format.
     #[arg(long, value_enum, default_value = "dicom")]
     pub format: FormatArg,
-    /// Slices; random with the patient when absent.
+    /// Slices; random with the patient when absent (160 when only --size is given).
     #[arg(long, value_name = "N")]
     pub slices: Option<usize>,
-    /// Rows and columns.
+    /// Rows and columns; random with the patient when absent (512 when only --slices is given).
     #[arg(long, value_name = "N")]
     pub size: Option<usize>,
+    /// DICOM: also a thick soft and a thin sharp reconstruction of each patient, in one study.
+    #[arg(long)]
+    pub variants: bool,
 }
 
 #[derive(Subcommand)]

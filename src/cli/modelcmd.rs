@@ -120,18 +120,24 @@ pub fn show(args: &ShowArgs) -> anyhow::Result<Ended> {
         return Ok(Ended::Done);
     }
     let model = load(args.model.as_ref())?;
-    if args.json { print_json(&show_model::summary(&model))? } else { print!("{}", show_model::render_table(&model)) }
+    if args.json {
+        print_json(&show_model::summary(&model))?
+    } else {
+        print!("{}", show_model::render_table(&model))
+    }
     Ok(Ended::Done)
 }
 
 /// `darnet model verify`.
 pub fn verify(args: &VerifyArgs) -> anyhow::Result<Ended> {
-    let report =
-        verify_model::verify(&args.model).with_context(|| format!("verify {}", args.model.display()))?;
+    let report = verify_model::verify(&args.model).with_context(|| format!("verify {}", args.model.display()))?;
     if args.json {
         print_json(&report)?;
     } else {
-        println!("{}: {} tensors, {} parameters, all as the manifest says", report.id, report.tensors, report.parameters);
+        println!(
+            "{}: {} tensors, {} parameters, all as the manifest says",
+            report.id, report.tensors, report.parameters
+        );
         for remark in &report.remarks {
             println!("  {remark}");
         }

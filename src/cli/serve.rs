@@ -99,7 +99,8 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Ended> {
                             daemon
                         }
                         Err(error) => {
-                            events::ConfigFault { fault: &format!("went back to the old configuration: {error}") }.emit();
+                            events::ConfigFault { fault: &format!("went back to the old configuration: {error}") }
+                                .emit();
                             Daemon::start(&config, None)?
                         }
                     };

@@ -63,23 +63,21 @@ pub fn send(args: &SendArgs) -> anyhow::Result<Ended> {
 /// `darnet phantom`.
 pub fn phantom(args: &PhantomArgs) -> anyhow::Result<Ended> {
     let bar = progress_bar(args.count as u64, "phantoms");
-    let request = WriteRequest {
-        out: args.out.clone(),
-        class: args.class.into(),
-        count: args.count,
-        seed: args.seed,
-        format: match args.format {
-            FormatArg::Dicom => Format::Dicom,
-            FormatArg::Nifti => Format::Nifti,
-            FormatArg::Png => Format::Png,
-        },
-        slices: args.slices,
-        size: args.size,
+    let format = match args.format {
+        FormatArg::Dicom => Format::Dicom,
+        FormatArg::Nifti => Format::Nifti,
+        FormatArg::Png => Format::Png,
     };
-    let written = phantom::write_cases(&request, &mut |done| bar.set_position(done as u64))?;
+    let mut request = WriteRequest::new(&args.out, args.class.into(), args.count, args.seed, format);
+    request.variants = args.variants;
+    if args.slices.is_some() || args.size.is_some() {
+        let size = args.size.unwrap_or(512);
+        request.shape = Some([args.slices.unwrap_or(160), size, size]);
+    }
+    let cases = phantom::write_cases(&request, &mut |progress| bar.set_position(progress.done as u64))?;
     bar.finish_and_clear();
-    for path in written {
-        println!("{}", path.display());
+    for case in cases {
+        println!("{}\t{}", case.image.display(), case.lesion.display());
     }
     Ok(Ended::Done)
 }

@@ -387,7 +387,11 @@ impl Anatomy {
             6.0,
         );
         put(
-            &[(p(0.0, 0.585, zc + 3.0), tr * 0.85), (p(-17.0, 0.60, zc - 12.0), 6.8), (p(-31.0, 0.615, zc - 22.0), 6.4)],
+            &[
+                (p(0.0, 0.585, zc + 3.0), tr * 0.85),
+                (p(-17.0, 0.60, zc - 12.0), 6.8),
+                (p(-31.0, 0.615, zc - 22.0), 6.4),
+            ],
             Airway,
             7.0,
         );
@@ -427,25 +431,37 @@ impl Anatomy {
         );
         // Superior vena cava, inferior vena cava.
         put(
-            &[
-                (p(-20.0, 0.33, zc + 52.0), 7.5),
-                (p(-26.0, 0.37, zc + 15.0), 9.0),
-                (p(-27.0, 0.42, zc - 40.0), 9.5),
-            ],
+            &[(p(-20.0, 0.33, zc + 52.0), 7.5), (p(-26.0, 0.37, zc + 15.0), 9.0), (p(-27.0, 0.42, zc - 40.0), 9.5)],
             Vessel,
             5.0,
         );
-        put(&[(p(-22.0, 0.52, zc - 80.0), 11.0), (p(-22.0, 0.60, self.z(0.05)), 12.0), (p(-20.0, 0.68, bottom), 11.0)], Vessel, 4.0);
+        put(
+            &[(p(-22.0, 0.52, zc - 80.0), 11.0), (p(-22.0, 0.60, self.z(0.05)), 12.0), (p(-20.0, 0.68, bottom), 11.0)],
+            Vessel,
+            4.0,
+        );
         // Branches of the arch, brachiocephalic veins.
         put(&[(p(-4.0, 0.42, arch), 6.5), (p(-14.0, 0.42, arch + 30.0), 5.8), (p(-26.0, 0.46, top), 4.5)], Vessel, 5.0);
         put(&[(p(6.0, 0.50, arch), 4.2), (p(13.0, 0.46, arch + 30.0), 3.8), (p(20.0, 0.46, top), 3.6)], Vessel, 5.0);
-        put(&[(p(16.0, 0.60, arch), 5.0), (p(25.0, 0.55, arch + 32.0), 4.6), (p(48.0, 0.45, self.z(1.0)), 4.4)], Vessel, 5.0);
-        put(&[(p(-20.0, 0.33, zc + 50.0), 6.5), (p(4.0, 0.28, zc + 58.0), 6.2), (p(28.0, 0.32, zc + 72.0), 6.0)], Vessel, 5.0);
+        put(
+            &[(p(16.0, 0.60, arch), 5.0), (p(25.0, 0.55, arch + 32.0), 4.6), (p(48.0, 0.45, self.z(1.0)), 4.4)],
+            Vessel,
+            5.0,
+        );
+        put(
+            &[(p(-20.0, 0.33, zc + 50.0), 6.5), (p(4.0, 0.28, zc + 58.0), 6.2), (p(28.0, 0.32, zc + 72.0), 6.0)],
+            Vessel,
+            5.0,
+        );
         put(&[(p(-20.0, 0.33, zc + 50.0), 6.5), (p(-30.0, 0.34, zc + 78.0), 6.0)], Vessel, 5.0);
         // Pulmonary trunk and main arteries.
         let pa = d.about(12.5, 1.0, 10.5, 16.0) * size;
         put(
-            &[(p(20.0, 0.24, zc - 50.0), pa * 1.05), (p(20.0, 0.36, zc - 22.0), pa), (p(25.0, 0.50, zc - 8.0), pa * 0.95)],
+            &[
+                (p(20.0, 0.24, zc - 50.0), pa * 1.05),
+                (p(20.0, 0.36, zc - 22.0), pa),
+                (p(25.0, 0.50, zc - 8.0), pa * 0.95),
+            ],
             Vessel,
             4.0,
         );
@@ -459,13 +475,30 @@ impl Anatomy {
             Vessel,
             6.0,
         );
-        put(&[(p(25.0, 0.50, zc - 8.0), pa * 0.85), (p(41.0, 0.61, zc - 7.0), pa * 0.75), (p(47.0, 0.68, zc - 24.0), pa * 0.6)], Vessel, 6.0);
+        put(
+            &[
+                (p(25.0, 0.50, zc - 8.0), pa * 0.85),
+                (p(41.0, 0.61, zc - 7.0), pa * 0.75),
+                (p(47.0, 0.68, zc - 24.0), pa * 0.6),
+            ],
+            Vessel,
+            6.0,
+        );
         // Pulmonary veins into the left atrium.
         for (x, dz) in [(-46.0, -30.0), (-44.0, -58.0), (48.0, -34.0), (46.0, -58.0)] {
             put(&[(p(x * 0.55, 0.60, zc - 40.0), 7.0), (p(x, 0.58, zc + dz), 5.6)], Vessel, 5.0);
         }
         // Azygos vein, and a few lymph nodes of ordinary size.
-        put(&[(spine_front(-9.0, bottom), 3.0), (spine_front(-10.0, zc - 10.0), 4.2), (p(-20.0, 0.6, zc + 8.0), 4.5), (p(-25.0, 0.42, zc + 8.0), 4.5)], Vessel, 4.0);
+        put(
+            &[
+                (spine_front(-9.0, bottom), 3.0),
+                (spine_front(-10.0, zc - 10.0), 4.2),
+                (p(-20.0, 0.6, zc + 8.0), 4.5),
+                (p(-25.0, 0.42, zc + 8.0), 4.5),
+            ],
+            Vessel,
+            4.0,
+        );
         for _ in 0..6 {
             let c = p(d.range(-18.0, 14.0), d.range(0.38, 0.52), zc + d.range(-22.0, 20.0));
             let r = d.range(2.0, 4.0);
@@ -499,9 +532,7 @@ impl Anatomy {
         let a = self.half_width;
         let mut put = |c: V3, r: V3| self.muscles.push(Ellipsoid::upright(c, r));
         let z = |t: f64| (t - 0.5) * self.height;
-        let front = |t: f64| {
-            self.half_depth * (table(&BACK, t) - 2.0 * table(&CAGE_DEPTH, t))
-        };
+        let front = |t: f64| self.half_depth * (table(&BACK, t) - 2.0 * table(&CAGE_DEPTH, t));
         let back = |t: f64| self.half_depth * table(&BACK, t);
         for side in [-1.0, 1.0] {
             // Pectorals, latissimus and serratus, the shoulder, trapezius and rhomboids.
@@ -517,10 +548,7 @@ impl Anatomy {
         if self.female {
             let (w, h) = (d.range(42.0, 60.0), d.range(16.0, 42.0) + 0.5 * self.fat);
             for side in [-1.0, 1.0] {
-                self.breasts.push(Ellipsoid::upright(
-                    [side * 0.58 * a, front(0.44) - 20.0, z(0.44)],
-                    [w, h, w * 1.05],
-                ));
+                self.breasts.push(Ellipsoid::upright([side * 0.58 * a, front(0.44) - 20.0, z(0.44)], [w, h, w * 1.05]));
             }
         }
     }
@@ -609,7 +637,8 @@ impl Anatomy {
             let r2 = dx * dx / (ax * ax) + dy * dy / (by * by);
             let r = r2.sqrt();
             let drop = self.dome_drop * r2 * r;
-            let slope = 3.0 * self.dome_drop * r * (dx * dx / (ax * ax * ax * ax) + dy * dy / (by * by * by * by)).sqrt();
+            let slope =
+                3.0 * self.dome_drop * r * (dx * dx / (ax * ax * ax * ax) + dy * dy / (by * by * by * by)).sqrt();
             let f = (p[2] - (self.dome_top[i] - drop)) / (1.0 + slope * slope).sqrt().min(4.0);
             best = if i == 0 { f } else { smin(best, f, 12.0) };
         }
@@ -749,7 +778,8 @@ impl Anatomy {
             let spleen = self.spleen.distance(p).max(below).max(wall);
             out[field::LIVER] = liver as f32;
             out[field::SPLEEN] = spleen as f32;
-            out[field::STOMACH] = self.stomach.distance(p).max(below + 1.0).max(wall).max(3.0 - liver).max(2.0 - spleen) as f32;
+            out[field::STOMACH] =
+                self.stomach.distance(p).max(below + 1.0).max(wall).max(3.0 - liver).max(2.0 - spleen) as f32;
         }
         let (major, minor) = self.fissures(p);
         out[field::MAJOR] = major as f32;

@@ -90,8 +90,11 @@ impl Lesions {
             let across = d.range(13.0, 34.0) * size * (0.75 + 0.5 * severity);
             let deep = across * d.range(0.42, 0.72);
             let normal = an.cage_normal(c);
-            let patch =
-                Ellipsoid::along(c, add(normal, scale(d.direction(), 0.25)), [deep, across, across * d.range(0.7, 1.2)]);
+            let patch = Ellipsoid::along(
+                c,
+                add(normal, scale(d.direction(), 0.25)),
+                [deep, across, across * d.range(0.7, 1.2)],
+            );
             self.ground_glass.push(patch);
             if d.chance(solid) {
                 let inner = if stage == Stage::Absorption {
@@ -118,7 +121,15 @@ impl Lesions {
     ) {
         self.ground_glass_hu = d.range(230.0, 360.0) as f32;
         self.ragged = 0.32;
-        let lobes = [Lobe::RightLower, Lobe::LeftLower, Lobe::RightLower, Lobe::RightMiddle, Lobe::RightUpper, Lobe::LeftUpper, Lobe::LeftLower];
+        let lobes = [
+            Lobe::RightLower,
+            Lobe::LeftLower,
+            Lobe::RightLower,
+            Lobe::RightMiddle,
+            Lobe::RightUpper,
+            Lobe::LeftUpper,
+            Lobe::LeftLower,
+        ];
         let main = lobes[d.below(lobes.len())];
         let lobar = d.chance(0.5);
         if lobar {

@@ -403,7 +403,10 @@ pub fn generate_acquired(spec: &PhantomSpec, acquisition: &Acquisition) -> Phant
         .zip(phantom.lesion.par_chunks_mut(n))
         .zip(phantom.lung.par_chunks_mut(n))
         .enumerate()
-        .for_each_init(|| scene.scratch(), |scratch, (k, ((hu, lesion), lung))| scene.slice(k, scratch, hu, lesion, lung));
+        .for_each_init(
+            || scene.scratch(),
+            |scratch, (k, ((hu, lesion), lung))| scene.slice(k, scratch, hu, lesion, lung),
+        );
     phantom
 }
 

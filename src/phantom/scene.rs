@@ -48,12 +48,7 @@ impl Frame {
         let half_c = (spec.columns as f64 - 1.0) * 0.5 * spec.pixel_spacing_mm;
         let half_z = (spec.slices as f64 - 1.0) * 0.5 * spec.spacing_mm;
         let middle = [-half_c, CENTRE_Y_MM, CENTRE_Z_MM - half_z];
-        Self {
-            origin: sub(middle, scale(down, half_r)),
-            down,
-            normal: [0.0, -s, c],
-            step: [0.0, 0.0, spec.spacing_mm],
-        }
+        Self { origin: sub(middle, scale(down, half_r)), down, normal: [0.0, -s, c], step: [0.0, 0.0, spec.spacing_mm] }
     }
 }
 
@@ -558,10 +553,8 @@ fn scatter(seed: u64, purpose: u64, an: &Anatomy, count: usize, clear: f64) -> V
 }
 
 fn plant(seed: u64, an: &Anatomy) -> Trees {
-    let (arterial, venous) = rayon::join(
-        || scatter(seed, 20, an, ARTERY_ENDS, 3.0),
-        || scatter(seed, 21, an, VEIN_ENDS, 4.0),
-    );
+    let (arterial, venous) =
+        rayon::join(|| scatter(seed, 20, an, ARTERY_ENDS, 3.0), || scatter(seed, 21, an, VEIN_ENDS, 4.0));
     let grown: Vec<(Lobe, Vec<Branch>, Vec<Branch>)> = Lobe::ALL
         .into_par_iter()
         .map(|lobe| {

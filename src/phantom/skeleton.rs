@@ -96,7 +96,14 @@ fn sternum(an: &Anatomy, out: &mut Vec<Capsule>) {
         for k in 0..pieces {
             let (u, v) = (lerp(t0, t1, k as f64 / pieces as f64), lerp(t0, t1, (k + 1) as f64 / pieces as f64));
             for x in [-0.5, 0.0, 0.5] {
-                out.push(bone(at(u, x * half), at(v, x * half), half * 0.55, 5.2 / (half * 0.55), [0.0, 1.0, 0.0], Kind::Bone));
+                out.push(bone(
+                    at(u, x * half),
+                    at(v, x * half),
+                    half * 0.55,
+                    5.2 / (half * 0.55),
+                    [0.0, 1.0, 0.0],
+                    Kind::Bone,
+                ));
             }
         }
     };

@@ -22,7 +22,8 @@ use crate::dicom::header::SliceHeader;
 use crate::engine::CancelToken;
 use crate::pipeline::ingest::{Arrival, Journals, PublishedNote, RECOVERED, ToAssembler};
 use crate::pipeline::jobs::{
-    DecodeJob, DecodeTask, Decoded, DecodedSlice, InferDone, InferJob, Inferred, PublishJob, Published, SliceHandle, Timing,
+    DecodeJob, DecodeTask, Decoded, DecodedSlice, InferDone, InferJob, Inferred, PublishJob, Published, SliceHandle,
+    Timing,
 };
 use crate::pipeline::planes::SharedPlane;
 use crate::pipeline::series::{Selection, SliceFacts, select};
@@ -286,7 +287,9 @@ impl Assembler {
             {
                 match self.channels.infer.try_send(pending) {
                     Ok(()) => job.sent = true,
-                    Err(TrySendError::Full(pending) | TrySendError::Disconnected(pending)) => job.pending = Some(pending),
+                    Err(TrySendError::Full(pending) | TrySendError::Disconnected(pending)) => {
+                        job.pending = Some(pending)
+                    }
                 }
             }
         }
@@ -308,7 +311,9 @@ impl Assembler {
         };
         let waiting = self.series.values().filter(|s| s.published_version != s.version && s.in_flight == 0);
         let next = waiting.filter_map(due).min();
-        next.map_or(MAX_WAIT, |at| Duration::from_nanos(at.saturating_sub(now)).clamp(Duration::from_micros(50), MAX_WAIT))
+        next.map_or(MAX_WAIT, |at| {
+            Duration::from_nanos(at.saturating_sub(now)).clamp(Duration::from_micros(50), MAX_WAIT)
+        })
     }
 
     fn send_decode(&mut self, job: DecodeJob) {
@@ -442,7 +447,8 @@ impl Assembler {
         series.changed(&key);
         let entry = series.entries.len();
         series.by_sop.insert(arrival.header.sop_instance_uid.clone(), entry);
-        let mut facts = SliceFacts { header: Arc::clone(&arrival.header), refusal: header::judge(&arrival.header).err() };
+        let mut facts =
+            SliceFacts { header: Arc::clone(&arrival.header), refusal: header::judge(&arrival.header).err() };
         let mut grid = None;
         if facts.refusal.is_none()
             && let Ok(geometry) = &arrival.header.geometry
@@ -503,7 +509,13 @@ impl Assembler {
             self.options.input_hw,
             [0.0, 0.0],
         );
-        series.grids.push(Grid { rows: geometry.rows, columns: geometry.columns, orientation, volume, plan: Arc::new(plan) });
+        series.grids.push(Grid {
+            rows: geometry.rows,
+            columns: geometry.columns,
+            orientation,
+            volume,
+            plan: Arc::new(plan),
+        });
         Ok(at)
     }
 

@@ -100,7 +100,11 @@ impl FolderWatcher {
     ///
     /// # Errors
     /// The folder cannot be watched.
-    pub fn start(config: &FolderConfig, entrance: &Entrance, max_object_bytes: u64) -> Result<Option<Self>, notify::Error> {
+    pub fn start(
+        config: &FolderConfig,
+        entrance: &Entrance,
+        max_object_bytes: u64,
+    ) -> Result<Option<Self>, notify::Error> {
         let Some(path) = config.path.clone() else { return Ok(None) };
         let (tx, wake) = bounded(1);
         let mut watcher = notify::recommended_watcher(move |_event| {
@@ -193,8 +197,12 @@ impl Scan {
     }
 
     fn take_settled(&mut self, settle: Duration) {
-        let mut due: Vec<PathBuf> =
-            self.known.iter().filter(|(_, k)| !k.tried && k.since.elapsed() >= settle).map(|(p, _)| p.clone()).collect();
+        let mut due: Vec<PathBuf> = self
+            .known
+            .iter()
+            .filter(|(_, k)| !k.tried && k.since.elapsed() >= settle)
+            .map(|(p, _)| p.clone())
+            .collect();
         due.sort();
         for path in due {
             // It may have grown since it was listed.

@@ -17,7 +17,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -28,7 +28,9 @@ use crate::dicom::header::{self, ObjectClass, SliceHeader};
 use crate::dicom::scp::{AssociationHandler, AssociationInfo, HandlerFactory, ScpEvent, StoreRequest, StoreStatus};
 use crate::telemetry::events::Stage;
 use crate::telemetry::{StudyHash, StudyHasher, events, incidents};
-use crate::volume::journal::{JournalError, JournalReader, JournalWriter, OwnedRecordHead, RecordHead, RecordKind, RecordRef};
+use crate::volume::journal::{
+    JournalError, JournalReader, JournalWriter, OwnedRecordHead, RecordHead, RecordKind, RecordRef,
+};
 
 /// Records one sync may cover. Bounded by the associations that can wait: 64 x 512 KiB is 32 MiB of dirty pages.
 pub const GROUP_COMMIT: usize = 64;
@@ -240,6 +242,17 @@ fn journal_bytes(series_dir: &Path) -> u64 {
     entries.flatten().filter_map(|e| std::fs::metadata(e.path().join(JOURNAL_FILE)).ok()).map(|m| m.len()).sum()
 }
 
+/// Why a record was not appended.
+#[derive(Debug, thiserror::Error)]
+enum AppendError {
+    #[error("{0}")]
+    Bound(String),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("make the series folder: {0}")]
+    Folder(std::io::Error),
+}
+
 struct OpenJournal {
     writer: JournalWriter,
     reader: JournalReader,
@@ -325,7 +338,7 @@ impl JournalThread {
 
     fn append(&mut self, request: Box<AppendRequest>) -> Appended {
         let outcome = self.try_append(&request);
-                match outcome {
+        match outcome {
             Ok(arrival) => {
                 match &arrival {
                     Some(arrival) => {
@@ -336,7 +349,11 @@ impl JournalThread {
                 Appended { request, status: StoreStatus::Success, arrival }
             }
             Err(error) => {
-                let reason = if matches!(error, JournalError::NoSpace { .. }) { "no_space" } else { "journal" };
+                let reason = match &error {
+                    AppendError::Bound(_) => "bound",
+                    AppendError::Journal(JournalError::NoSpace { .. }) => "no_space",
+                    AppendError::Journal(_) | AppendError::Folder(_) => "journal",
+                };
                 events::SliceRefused { reason, status: StoreStatus::OutOfResources.code() }.emit();
                 incidents::JournalFailed { operation: "append", detail: &error.to_string() }.emit();
                 Appended { request, status: StoreStatus::OutOfResources, arrival: None }
@@ -344,7 +361,7 @@ impl JournalThread {
         }
     }
 
-    fn try_append(&mut self, request: &AppendRequest) -> Result<Option<Box<Arrival>>, JournalError> {
+    fn try_append(&mut self, request: &AppendRequest) -> Result<Option<Box<Arrival>>, AppendError> {
         let size = request.dataset.len() as u64;
         let max_total = self.options.max_total_bytes;
         let max_records = self.options.max_records_per_series;
@@ -360,10 +377,10 @@ impl JournalThread {
             }
         }
         if journal.records >= max_records {
-            return Err(JournalError::NoSpace { what: format!("series holds its limit of {max_records} objects") });
+            return Err(AppendError::Bound(format!("series holds its limit of {max_records} objects")));
         }
         if total.load(Ordering::Relaxed).saturating_add(size) > max_total {
-            return Err(JournalError::NoSpace { what: format!("journals hold their limit of {max_total} bytes") });
+            return Err(AppendError::Bound(format!("journals hold their limit of {max_total} bytes")));
         }
         let head = RecordHead {
             kind: RecordKind::Dataset,
@@ -396,7 +413,7 @@ impl JournalThread {
     }
 
     /// The open journal of `series`: created, or reopened and its content handed to the assembler first.
-    fn journal(&mut self, series: &StudyHash) -> Result<&mut OpenJournal, JournalError> {
+    fn journal(&mut self, series: &StudyHash) -> Result<&mut OpenJournal, AppendError> {
         self.uses += 1;
         if !self.open.contains_key(series) {
             if self.open.len() >= MAX_OPEN_JOURNALS
@@ -411,10 +428,10 @@ impl JournalThread {
                 journal
             } else {
                 if let Some(folder) = path.parent() {
-                    std::fs::create_dir_all(folder).map_err(|source| JournalError::io("create the series folder", source))?;
+                    std::fs::create_dir_all(folder).map_err(AppendError::Folder)?;
                 }
                 let writer = JournalWriter::create(&path)?;
-                sync_dir(&self.options.series_dir).map_err(|source| JournalError::io("sync the series folder", source))?;
+                sync_dir(&self.options.series_dir).map_err(AppendError::Folder)?;
                 let reader = writer.reader()?;
                 OpenJournal { writer, reader, seen: HashMap::new(), records: 0, last_use: 0 }
             };
@@ -443,7 +460,8 @@ impl JournalThread {
                     journal.seen.entry(head.sop_instance_uid.clone()).or_default().push(record);
                     let ordinal = journal.records;
                     journal.records += 1;
-                    if let Some(arrival) = self.read_back(series, &journal.reader, record, &head, ordinal, &mut payload) {
+                    if let Some(arrival) = self.read_back(series, &journal.reader, record, &head, ordinal, &mut payload)
+                    {
                         slices.push(arrival);
                     }
                 }
@@ -517,7 +535,10 @@ impl JournalThread {
                 received_unix_ns: unix_ns(),
             };
             journal.writer.append(&head, &payload)?;
-            if fsync { journal.writer.sync() } else { Ok(()) }
+            if fsync {
+                journal.writer.sync()?;
+            }
+            Ok(())
         });
         if let Err(error) = written {
             // Without its note the series is judged again after a restart, with the same result and UIDs.
@@ -595,12 +616,6 @@ impl Door {
         let header = match header::parse_header(&dataset, transfer_syntax_uid) {
             Ok(header) => header,
             Err(error) => {
-                if let Some((sop_class_uid, _)) = expected
-                    && header::is_ignored_class(sop_class_uid)
-                {
-                    events::ObjectIgnored { kind: "not_an_image" }.emit();
-                    return (StoreStatus::Success, dataset);
-                }
                 events::SliceRefused { reason: "header", status: StoreStatus::CannotUnderstand.code() }.emit();
                 incidents::HeaderUnreadable { detail: &error.to_string() }.emit();
                 return (StoreStatus::CannotUnderstand, dataset);
@@ -647,53 +662,77 @@ impl Drop for Door {
 
 struct StoreHandler {
     door: Option<Door>,
+    association: u64,
+    objects: u64,
+    active: Arc<AtomicUsize>,
 }
 
 impl AssociationHandler for StoreHandler {
     fn store(&mut self, request: &StoreRequest<'_>, dataset: Vec<u8>) -> (StoreStatus, Vec<u8>) {
-        match &mut self.door {
-            Some(door) => door.take(
-                dataset,
-                request.transfer_syntax_uid,
-                Some((request.sop_class_uid, request.sop_instance_uid)),
-                request.last_pdata_at,
-            ),
-            None => (StoreStatus::OutOfResources, dataset),
-        }
+        let Some(door) = &mut self.door else { return (StoreStatus::OutOfResources, dataset) };
+        let took = request.last_pdata_at.saturating_duration_since(request.first_pdata_at);
+        events::StageTimed { stage: Stage::Ingest, took }.emit();
+        let expected = Some((request.sop_class_uid, request.sop_instance_uid));
+        let (status, buffer) = door.take(dataset, request.transfer_syntax_uid, expected, request.last_pdata_at);
+        self.objects += u64::from(status == StoreStatus::Success);
+        (status, buffer)
     }
 
-    fn closed(&mut self, _released: bool) {
-        self.door = None;
+    fn closed(&mut self, released: bool) {
+        if self.door.take().is_none() {
+            return;
+        }
+        let active = self.active.fetch_sub(1, Ordering::Relaxed) - 1;
+        if released {
+            events::AssociationClosed { association: self.association, active, objects: self.objects }.emit();
+        } else {
+            events::AssociationAborted { association: self.association, active }.emit();
+        }
+    }
+}
+
+impl Drop for StoreHandler {
+    fn drop(&mut self) {
+        self.closed(false);
     }
 }
 
 /// Makes a handler for each association of the DICOM server.
 pub struct StoreFactory {
     entrance: Entrance,
+    active: Arc<AtomicUsize>,
 }
 
 impl StoreFactory {
     /// Handlers that bring their objects to `entrance`.
     pub fn new(entrance: Entrance) -> Self {
-        Self { entrance }
+        Self { entrance, active: Arc::default() }
     }
 }
 
 impl HandlerFactory for StoreFactory {
     fn open(&self, association: &AssociationInfo) -> Box<dyn AssociationHandler> {
-        Box::new(StoreHandler { door: Some(self.entrance.door(&association.calling_ae_title)) })
+        let active = self.active.fetch_add(1, Ordering::Relaxed) + 1;
+        events::AssociationAccepted { association: association.id, active }.emit();
+        Box::new(StoreHandler {
+            door: Some(self.entrance.door(&association.calling_ae_title)),
+            association: association.id,
+            objects: 0,
+            active: Arc::clone(&self.active),
+        })
     }
 
     fn event(&self, event: ScpEvent) {
         match event {
-            ScpEvent::AssociationAccepted => events::AssociationAccepted { active: self.active(1) }.emit(),
+            // Told by the handlers, which know the association.
+            ScpEvent::AssociationAccepted | ScpEvent::AssociationReleased | ScpEvent::AssociationAborted => {}
             ScpEvent::AssociationRejected { reason } => events::AssociationRejected { reason }.emit(),
-            ScpEvent::AssociationReleased => events::AssociationClosed { active: self.active(-1) }.emit(),
-            ScpEvent::AssociationAborted => events::AssociationAborted { active: self.active(-1) }.emit(),
             ScpEvent::ProtocolError { kind } => events::ProtocolViolated { kind }.emit(),
             ScpEvent::Echo => events::EchoAnswered.emit(),
             ScpEvent::BytesReceived(bytes) => events::BytesReceived { bytes }.emit(),
-            ScpEvent::ObjectRefused { reason, status } => events::SliceRefused { reason, status }.emit(),
+            ScpEvent::ObjectRefused { reason } => {
+                events::SliceRefused { reason, status: StoreStatus::OutOfResources.code() }.emit();
+            }
             ScpEvent::OperationRefused => events::ProtocolViolated { kind: "operation" }.emit(),
             ScpEvent::ConnectionDropped => events::ProtocolViolated { kind: "connection_dropped" }.emit(),
             ScpEvent::HandlerPanicked => events::PanicContained { stage: "ingest", series: None }.emit(),

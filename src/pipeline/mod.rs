@@ -10,6 +10,7 @@ pub mod folder;
 pub mod ingest;
 pub mod jobs;
 pub mod offline;
+pub mod pages;
 pub mod planes;
 pub mod publish;
 pub mod series;
@@ -18,6 +19,7 @@ pub mod workers;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -31,7 +33,7 @@ use crate::report::calibration::CalibrationError;
 use crate::report::outbox::Outbox;
 use crate::store::{Store, StoreError};
 use crate::telemetry::{HasherError, MetricsError, MetricsHandle, StudyHasher, events};
-use crate::web::{WebError, WebServer};
+use crate::web::{WebError, WebServer, WebState};
 
 use assembler::{Assembler, AssemblerChannels, AssemblerOptions};
 use folder::FolderWatcher;
@@ -53,6 +55,8 @@ const DECODED_QUEUE: usize = 512;
 const INFER_QUEUE: usize = 8;
 /// Outcomes waiting for the store.
 const PUBLISH_QUEUE: usize = 16;
+/// Wait for deliveries under way when the daemon stops; one not waited for is repeated after the next start.
+const OUTBOX_WAIT: Duration = Duration::from_secs(5);
 /// Publications on their way back to the assembler.
 const PUBLISHED_QUEUE: usize = 64;
 
@@ -103,6 +107,29 @@ fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
     move |source| StartError::Io { what, source }
 }
 
+/// Whether a thread of the pipeline has ended, which none does while the daemon runs.
+#[derive(Clone, Debug, Default)]
+pub struct Ended(Arc<AtomicBool>);
+
+impl Ended {
+    /// Whether one has.
+    pub fn any(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn guard(&self) -> EndGuard {
+        EndGuard(Arc::clone(&self.0))
+    }
+}
+
+struct EndGuard(Arc<AtomicBool>);
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// The daemon, running.
 pub struct Daemon {
     scp: Option<ScpServer>,
@@ -111,7 +138,7 @@ pub struct Daemon {
     journals: Option<Journals>,
     arrivals: Sender<ToAssembler>,
     threads: Vec<JoinHandle<()>>,
-    outbox: Option<Outbox>,
+    outbox: Option<Arc<Outbox>>,
     web: Option<WebServer>,
     dicom_addr: SocketAddr,
     web_addr: SocketAddr,
@@ -153,6 +180,8 @@ impl Daemon {
         let options = EngineOptions { threads: config.model.threads, ..EngineOptions::default() };
         let backend = prepare(config.model.backend, model, &options)?;
         let backend_name = backend.name();
+        let backend_note = backend.note().map(str::to_owned);
+        let ended = Ended::default();
 
         let (arrivals_tx, arrivals) = bounded(ARRIVALS);
         let (decode_tx, decode) = bounded(DECODE_QUEUE);
@@ -165,6 +194,11 @@ impl Daemon {
 
         let mut threads = Vec::new();
         let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| -> Result<(), StartError> {
+            let flag = ended.guard();
+            let body = move || {
+                let _flag = flag;
+                body();
+            };
             threads.push(std::thread::Builder::new().name(name).spawn(body).map_err(io("start a thread"))?);
             Ok(())
         };
@@ -231,11 +265,18 @@ impl Daemon {
         threads.extend(journal_threads);
 
         journals.recover_all(&series_dir).map_err(io("list the journals"))?;
-        let entrance =
-            Entrance::new(journals.clone(), hasher, arrivals_tx.clone(), &config.peers.trust_series_count);
+        let entrance = Entrance::new(journals.clone(), hasher, arrivals_tx.clone(), &config.peers.trust_series_count);
         let scp = ScpServer::bind(&config.dicom, Arc::new(StoreFactory::new(entrance.clone())))?;
         let folder = FolderWatcher::start(&config.folder, &entrance, config.dicom.max_object_bytes)?;
-        let web = publish::web_server(config, metrics, &store, model, backend_name)?;
+        let web = WebServer::start(
+            &config.web,
+            WebState {
+                metrics,
+                readiness: pages::readiness(&data_dir, &ended, backend_note),
+                store: store.clone(),
+                extra: Some(pages::router(&results_dir)),
+            },
+        )?;
         events::ServerStarted {
             version: env!("CARGO_PKG_VERSION"),
             commit: option_env!("DARNET_COMMIT").unwrap_or("unknown"),
@@ -304,7 +345,10 @@ impl Daemon {
             let _ = thread.join();
         }
         if let Some(outbox) = self.outbox.take() {
-            outbox.shutdown();
+            // The publisher's handle went with its thread.
+            if let Some(outbox) = Arc::into_inner(outbox) {
+                outbox.shutdown(OUTBOX_WAIT);
+            }
         }
         if let Some(web) = self.web.take() {
             web.shutdown();

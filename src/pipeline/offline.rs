@@ -227,8 +227,7 @@ fn judge_source(series: StudyHash, source: &Source, judge: &mut Judge, limits: &
     match source {
         Source::Dicom { files } => judge_dicom(series, files, judge, limits),
         Source::Unreadable { files, detail } => {
-            let reason =
-                if *files > limits.max_slices { Reason::TooManySlices } else { Reason::Undecodable };
+            let reason = if *files > limits.max_slices { Reason::TooManySlices } else { Reason::Undecodable };
             let detail =
                 if reason == Reason::TooManySlices { detail.clone() } else { format!("{files} files: {detail}") };
             Judgement {
@@ -269,14 +268,8 @@ fn judge_dicom(
         .collect();
     let decode_s = started.elapsed().as_secs_f64();
     let slices = by_uid.len();
-    let done = |result, notes, resample_s| Judgement {
-        series: series.clone(),
-        result,
-        slices,
-        notes,
-        decode_s,
-        resample_s,
-    };
+    let done =
+        |result, notes, resample_s| Judgement { series: series.clone(), result, slices, notes, decode_s, resample_s };
     let mut distinct = Vec::with_capacity(slices);
     for copies in by_uid.values() {
         let first = copies[0];
@@ -295,8 +288,7 @@ fn judge_dicom(
         Err(refusal) => return done(Err(refusal), Vec::new(), 0.0),
     };
     let mut decoded = decoded;
-    let hu: Vec<Vec<i16>> =
-        selection.ordered.iter().map(|&k| std::mem::take(&mut decoded[distinct[k]].1)).collect();
+    let hu: Vec<Vec<i16>> = selection.ordered.iter().map(|&k| std::mem::take(&mut decoded[distinct[k]].1)).collect();
     drop(decoded);
     let started = Instant::now();
     let result = judge_stack(judge, selection.stack, hu);

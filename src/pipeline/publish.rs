@@ -34,9 +34,8 @@ use crate::resample::cpu::Window;
 use crate::resample::lung::LungReport;
 use crate::store::{NewOutcome, OutboxDraft, OutcomeBody, ResultRecord, Store, StoreError, StoreHandle, unix_ms};
 use crate::telemetry::events::{self, Stage};
-use crate::telemetry::{MetricsHandle, StudyHash, incidents};
+use crate::telemetry::{StudyHash, incidents};
 use crate::volume::refusal::{Reason, Refusal};
-use crate::web::WebServer;
 
 /// Pictures waiting to be made; a further one is not made and counted (its result stands all the same).
 const RENDER_QUEUE: usize = 32;
@@ -493,9 +492,8 @@ impl Publisher {
     fn commit(&mut self, job: &PublishJob, report: &SeriesReport) -> Result<Committed, StoreError> {
         let latest = self.store.latest_result(&job.series)?;
         let reason = report.reason.map(Reason::as_str);
-        let same = |l: &ResultRecord| {
-            l.revision >= job.revision && l.slices == report.slices && l.reason.as_deref() == reason
-        };
+        let same =
+            |l: &ResultRecord| l.revision >= job.revision && l.slices == report.slices && l.reason.as_deref() == reason;
         let revision = match &latest {
             None => 1,
             Some(l) if same(l) => l.revision,
@@ -580,10 +578,8 @@ pub fn complete(
     cam_file: Option<String>,
 ) {
     report.quality.extend(lung_notes(lung));
-    report.calibrated = calibration
-        .is_fitted()
-        .then(|| report.logits.as_deref().map(|logits| calibration.apply(logits)))
-        .flatten();
+    report.calibrated =
+        calibration.is_fitted().then(|| report.logits.as_deref().map(|logits| calibration.apply(logits))).flatten();
     report.cam = Some(CamInfo { class: cam_class, file: cam_file });
 }
 
@@ -678,7 +674,7 @@ impl Renderer {
                 }
                 incidents::RetentionDone { studies: report.studies, kept: report.kept_for_outbox }.emit();
             }
-            Err(error) => incidents::CommitFailed { series: &StudyHash::default(), detail: &error.to_string() }.emit(),
+            Err(error) => incidents::RetentionFailed { detail: &error.to_string() }.emit(),
         }
     }
 }

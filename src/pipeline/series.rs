@@ -45,7 +45,10 @@ pub struct Selection {
 /// [`MAX_STRAY_SHARE`] of the slices lie on another grid; and whatever [`build_stack`] finds.
 pub fn select(facts: &[SliceFacts], limits: &GeometryLimits) -> Result<Selection, Refusal> {
     if facts.is_empty() {
-        return Err(Refusal::new(Reason::TooFewSlices, format!("expected at least {} slices, got 0", limits.min_slices)));
+        return Err(Refusal::new(
+            Reason::TooFewSlices,
+            format!("expected at least {} slices, got 0", limits.min_slices),
+        ));
     }
     let mut canonical: Vec<usize> = (0..facts.len()).collect();
     canonical.sort_by(|&a, &b| facts[a].header.sop_instance_uid.cmp(&facts[b].header.sop_instance_uid));
@@ -69,8 +72,10 @@ pub fn select(facts: &[SliceFacts], limits: &GeometryLimits) -> Result<Selection
         }
     }
     if fit.is_empty() {
-        let (reason, (n, detail)) =
-            refused.iter().max_by_key(|(reason, (n, _))| (*n, std::cmp::Reverse(**reason))).expect("facts is not empty");
+        let (reason, (n, detail)) = refused
+            .iter()
+            .max_by_key(|(reason, (n, _))| (*n, std::cmp::Reverse(**reason)))
+            .expect("facts is not empty");
         return Err(Refusal::new(*reason, format!("{n} of {total} objects: {detail}")));
     }
     let mut notes: Vec<String> =
@@ -89,7 +94,8 @@ pub fn select(facts: &[SliceFacts], limits: &GeometryLimits) -> Result<Selection
             None => groups.push(vec![i]),
         }
     }
-    let largest = groups.iter().enumerate().max_by_key(|(at, g)| (g.len(), std::cmp::Reverse(*at))).expect("fit is not empty").0;
+    let largest =
+        groups.iter().enumerate().max_by_key(|(at, g)| (g.len(), std::cmp::Reverse(*at))).expect("fit is not empty").0;
     let members = groups.swap_remove(largest);
     let strays = fit.len() - members.len();
     if strays as f64 > MAX_STRAY_SHARE * fit.len() as f64 {

@@ -99,7 +99,8 @@ fn decode(
             again.clear();
             again.resize(first.len(), 0);
             // A repeat that cannot be decoded differs from the first as far as anyone can tell.
-            let same = decoder.decode_hu(payload, &job.transfer_syntax_uid, &job.header, again).is_ok() && again == first;
+            let same =
+                decoder.decode_hu(payload, &job.transfer_syntax_uid, &job.header, again).is_ok() && again == first;
             Ok(Step::Compared(if same { DecodedSlice::Same } else { DecodedSlice::Different }))
         }
     }
@@ -133,13 +134,8 @@ pub fn resample_worker(jobs: &Receiver<ResampleJob>, decoded: &Sender<Decoded>, 
         });
         let resample_s = started.elapsed().as_secs_f64();
         events::StageTimed { stage: Stage::Resample, took: Duration::from_secs_f64(resample_s) }.emit();
-        let message = Decoded {
-            series: job.decode.series,
-            entry: job.decode.entry,
-            result,
-            decode_s: job.decode_s,
-            resample_s,
-        };
+        let message =
+            Decoded { series: job.decode.series, entry: job.decode.entry, result, decode_s: job.decode_s, resample_s };
         if decoded.send(message).is_err() {
             return;
         }

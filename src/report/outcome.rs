@@ -370,8 +370,18 @@ mod tests {
         assert_eq!(json["backend"], "cpu");
         let s = json["series"][0].as_object().unwrap();
         let expected = [
-            "series", "outcome", "reason", "logits", "scores", "calibrated", "predicted", "ood", "quality", "cam",
-            "slices", "latency_ms",
+            "series",
+            "outcome",
+            "reason",
+            "logits",
+            "scores",
+            "calibrated",
+            "predicted",
+            "ood",
+            "quality",
+            "cam",
+            "slices",
+            "latency_ms",
         ];
         for key in expected {
             assert!(s.contains_key(key), "{key}");

@@ -141,3 +141,17 @@ impl RetentionDone {
         info!(studies = self.studies, kept = self.kept, "retention done");
     }
 }
+
+/// Old studies could not be deleted; it is tried again.
+#[derive(Clone, Copy, Debug)]
+pub struct RetentionFailed<'a> {
+    /// The store's error.
+    pub detail: &'a str,
+}
+
+impl RetentionFailed<'_> {
+    /// Logs.
+    pub fn emit(&self) {
+        error!(detail = self.detail, "retention failed");
+    }
+}

@@ -10,8 +10,8 @@
 //! Absent: an HTTP listener (it is in `web`) and any knowledge of a stage. A leaf: imports no module of this crate.
 
 pub mod events;
-pub mod incidents;
 mod hash;
+pub mod incidents;
 mod log;
 mod recorder;
 mod redact;
