@@ -292,8 +292,7 @@ impl JournalWriter {
     /// # Errors
     /// `Io`, `Locked`, `NotAJournal`, `Version`, `HeaderDamaged`; the file is then unchanged.
     pub fn open(path: &Path) -> Result<(Self, Vec<(RecordRef, OwnedRecordHead)>), JournalError> {
-        let file =
-            OpenOptions::new().read(true).write(true).open(path).map_err(|e| JournalError::io("open", e))?;
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| JournalError::io("open", e))?;
         lock(&file)?;
         let file_len = file.metadata().map_err(|e| JournalError::io("open", e))?.len();
         if never_announced(&file, file_len)? {
@@ -632,20 +631,26 @@ fn read_header(file: &File) -> Result<u64, JournalError> {
     Ok(H_JOURNAL_ID.get_uint(&header))
 }
 
-/// Whether the file ended before its header was whole, so that no record in it was ever acknowledged.
+/// Whether the making of the file was cut short: its header is torn and nothing follows, so that no record in it was
+/// ever acknowledged. What is there must be the start of a header, or zeros: another program's file is not touched.
 fn never_announced(file: &File, file_len: u64) -> Result<bool, JournalError> {
     let mut start = Vec::new();
-    let mut at = Positioned { file, at: 0 };
-    at.by_ref().take(HEADER_LEN as u64).read_to_end(&mut start).map_err(|e| JournalError::io("open", e))?;
-    if file_len < HEADER_LEN as u64 {
-        // What is there must be the start of a header: another program's small file is not overwritten.
-        let known = start.len().min(MAGIC.len());
-        return Ok(start[..known] == MAGIC[..known] || start.iter().all(|&b| b == 0));
-    }
-    if start.iter().any(|&b| b != 0) {
+    let mut from = Positioned { file, at: 0 };
+    from.by_ref().take(HEADER_LEN as u64).read_to_end(&mut start).map_err(|e| JournalError::io("open", e))?;
+    let whole = start.len();
+    start.resize(HEADER_LEN, 0);
+    let known = start.iter().zip(MAGIC).take_while(|(a, b)| **a == *b).count();
+    if start[known..MAGIC.len()].iter().any(|&b| b != 0) {
         return Ok(false);
     }
-    Ok(last_nonzero(file, 0, file_len)?.is_none())
+    if ![0, u64::from(VERSION)].contains(&H_VERSION.get_uint(&start)) {
+        return Ok(false);
+    }
+    let sound = H_CHECKSUM.get_uint(&start) == u64::from(crc32fast::hash(&start[..H_CHECKSUM.offset]));
+    if sound && whole == HEADER_LEN {
+        return Ok(false);
+    }
+    Ok(file_len <= HEADER_LEN as u64 || last_nonzero(file, HEADER_LEN as u64, file_len)?.is_none())
 }
 
 /// Reads a file from a position without moving its cursor.
@@ -814,11 +819,8 @@ fn scan(file: &File, file_len: u64) -> Result<Scan, JournalError> {
             (at, sequence) = (next, next_sequence);
             continue;
         };
-        let record = RecordRef {
-            offset: at,
-            payload_offset: at + parsed.head_len as u64,
-            payload_len: parsed.payload_len,
-        };
+        let record =
+            RecordRef { offset: at, payload_offset: at + parsed.head_len as u64, payload_len: parsed.payload_len };
         let end = record.end();
         if end > file_len {
             break;
@@ -878,4 +880,378 @@ fn next_head(
         at += ALIGN as u64;
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Seeded faults of the write call.
+    #[derive(Debug, Default)]
+    pub(super) struct Fault {
+        /// Each write takes at most this many bytes.
+        short: Option<usize>,
+        /// Writes left before the disk is full.
+        writes_left: Option<usize>,
+    }
+
+    impl Fault {
+        pub(super) fn write(&mut self, file: &File, parts: &[IoSlice<'_>], at: u64) -> Option<io::Result<usize>> {
+            if let Some(left) = &mut self.writes_left {
+                if *left == 0 {
+                    return Some(Err(Errno::NOSPC.into()));
+                }
+                *left -= 1;
+            }
+            let part = &parts[0][..self.short?.min(parts[0].len())];
+            Some(file.write_all_at(part, at).map(|()| part.len()))
+        }
+    }
+
+    fn head(uid: &str) -> RecordHead<'_> {
+        RecordHead {
+            kind: RecordKind::Dataset,
+            transfer_syntax_uid: "1.2.840.10008.1.2",
+            sop_class_uid: "1.2.840.10008.5.1.4.1.1.2",
+            sop_instance_uid: uid,
+            received_unix_ns: 7,
+        }
+    }
+
+    fn payload(k: usize) -> Vec<u8> {
+        (0..k * 13 % 70).map(|i| (i * 31 + k * 7 + 1) as u8).collect()
+    }
+
+    /// A journal of `n` records; also the file's length after each.
+    fn written(path: &Path, n: usize) -> Vec<u64> {
+        let mut writer = JournalWriter::create(path).expect("create");
+        (0..n)
+            .map(|k| {
+                let r = writer.append(&head(&format!("1.2.{k}")), &payload(k)).expect("append");
+                writer.sync().expect("sync");
+                assert_eq!(r.offset % ALIGN as u64, 0);
+                assert_eq!(r.payload_offset % ALIGN as u64, 0);
+                writer.len()
+            })
+            .collect()
+    }
+
+    /// A folder for tests that open thousands of times: in memory where there is one, so that syncs cost nothing.
+    fn quick_dir() -> tempfile::TempDir {
+        tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("tempdir")
+    }
+
+    /// The bytes of a journal of 12 records.
+    fn template() -> Vec<u8> {
+        static TEMPLATE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
+        let make = || {
+            let dir = tempfile::tempdir().expect("tempdir");
+            written(&dir.path().join("j"), 12);
+            std::fs::read(dir.path().join("j")).expect("read")
+        };
+        TEMPLATE.get_or_init(make).clone()
+    }
+
+    fn check(writer: &JournalWriter, records: &[(RecordRef, OwnedRecordHead)]) -> Vec<usize> {
+        let reader = writer.reader().expect("reader");
+        let mut out = Vec::new();
+        records
+            .iter()
+            .map(|(r, h)| {
+                assert_eq!(&reader.read(*r, &mut out).expect("a recovered record must read"), h);
+                let k: usize = h.sop_instance_uid.strip_prefix("1.2.").and_then(|k| k.parse().ok()).expect("own uid");
+                assert_eq!((h.as_head(), &out), (head(&format!("1.2.{k}")), &payload(k)));
+                k
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_was_appended_is_read_back() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("j");
+        let ends = written(&path, 9);
+        assert_eq!(std::fs::metadata(&path).expect("stat").len(), ends[8], "no length beyond the records");
+        let (writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), (0..9).collect::<Vec<_>>());
+        assert_eq!(writer.recovery(), &Recovery { records: 9, ..Default::default() });
+        let reader = JournalReader::open(&path).expect("open");
+        assert_eq!(reader.scan().expect("scan").0, records);
+        let wrong = RecordRef { offset: records[1].0.offset + 8, ..records[1].0 };
+        assert!(matches!(reader.read(wrong, &mut Vec::new()), Err(JournalError::Damaged { .. })));
+        let huge = RecordRef { payload_len: u64::MAX, ..records[1].0 };
+        assert!(matches!(reader.read(huge, &mut Vec::new()), Err(JournalError::Damaged { .. })));
+        assert!(!format!("{:?}", records[3].1).contains("1.2.3"), "no instance UID in logs");
+    }
+
+    #[test]
+    fn a_cut_at_every_byte_leaves_exactly_the_acknowledged_records() {
+        let dir = quick_dir();
+        let (path, cut_path) = (dir.path().join("j"), dir.path().join("cut"));
+        let ends = written(&path, 6);
+        let bytes = std::fs::read(&path).expect("read");
+        for cut in 0..=bytes.len() {
+            // As it is, and with the zeros of space taken ahead behind it.
+            for zeros in [0, 100] {
+                let mut torn = bytes[..cut].to_vec();
+                torn.resize(cut + zeros, 0);
+                std::fs::write(&cut_path, &torn).expect("write");
+                // Zeros may replace padding that was cut: that loses nothing.
+                let whole = |e: usize| e <= cut || e <= cut + zeros && bytes[cut..e].iter().all(|&b| b == 0);
+                let kept = ends.iter().filter(|&&e| whole(e as usize)).count();
+                let (mut writer, records) = JournalWriter::open(&cut_path).expect("a cut journal must open");
+                let found = check(&writer, &records);
+                assert_eq!(found, (0..kept).collect::<Vec<_>>(), "cut at {cut}");
+                assert!(writer.recovery().damage.is_empty());
+                // The journal goes on.
+                writer.append(&head("1.2.7"), &payload(7)).expect("append");
+                writer.sync().expect("sync");
+                drop(writer);
+                let (writer, records) = JournalWriter::open(&cut_path).expect("open");
+                assert_eq!(check(&writer, &records), (0..kept).chain([7]).collect::<Vec<_>>());
+                assert_eq!(writer.recovery().torn_bytes, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn lost_sectors_of_the_unsynced_tail_never_touch_synced_records() {
+        let dir = quick_dir();
+        let (path, crash_path) = (dir.path().join("j"), dir.path().join("crash"));
+        let ends = written(&path, 60);
+        let bytes = std::fs::read(&path).expect("read");
+        let mut x = 0x9E37_79B9_7F4A_7C15u64;
+        for round in 0..200u64 {
+            let synced = (round as usize * 7) % 50 + 1;
+            let from = ends[synced - 1] as usize;
+            let mut crashed = bytes.clone();
+            for sector in (from / 512)..bytes.len().div_ceil(512) {
+                x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                if x >> 63 == 0 {
+                    let part = (sector * 512).max(from)..((sector + 1) * 512).min(bytes.len());
+                    crashed[part].fill(0);
+                }
+            }
+            std::fs::write(&crash_path, &crashed).expect("write");
+            let (writer, records) = JournalWriter::open(&crash_path).expect("open");
+            let found = check(&writer, &records);
+            assert_eq!(found[..synced], (0..synced).collect::<Vec<_>>());
+            assert!(found.windows(2).all(|w| w[0] < w[1]));
+            let reported: u64 = writer.recovery().damage.iter().map(|d| d.records).sum();
+            assert_eq!(reported, (found.last().expect("some") + 1 - found.len()) as u64, "each loss is counted");
+        }
+    }
+
+    #[test]
+    fn damage_in_the_middle_is_reported_and_later_records_are_kept() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("j");
+        let ends = written(&path, 8);
+        let bytes = std::fs::read(&path).expect("read");
+        let (_, heads) = JournalReader::open(&path).map(|r| ((), r.scan().expect("scan").0)).expect("open");
+        // A payload byte: the head stands.
+        let mut spoiled = bytes.clone();
+        spoiled[heads[3].0.payload_offset as usize] ^= 1;
+        std::fs::write(&path, &spoiled).expect("write");
+        let (writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), [0, 1, 2, 4, 5, 6, 7]);
+        let damage = &writer.recovery().damage;
+        assert_eq!((damage.len(), damage[0].offset, damage[0].len), (1, ends[2], ends[3] - ends[2]));
+        assert_eq!(damage[0].head.as_ref().map(|h| h.sop_instance_uid.as_str()), Some("1.2.3"));
+        drop(writer);
+        // The heads of two records.
+        let mut spoiled = bytes.clone();
+        spoiled[ends[2] as usize + R_PAYLOAD_LEN.offset + 7] ^= 0x80;
+        spoiled[ends[3] as usize] ^= 1;
+        std::fs::write(&path, &spoiled).expect("write");
+        let (mut writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), [0, 1, 2, 5, 6, 7]);
+        let expected = Damage { offset: ends[2], len: ends[4] - ends[2], records: 2, head: None };
+        assert_eq!(writer.recovery().damage, [expected]);
+        assert_eq!(writer.recovery().torn_bytes, 0);
+        writer.append(&head("1.2.8"), &payload(8)).expect("append");
+        drop(writer);
+        let (writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), [0, 1, 2, 5, 6, 7, 8]);
+        drop(writer);
+        // The last payload: torn, its head told.
+        let mut spoiled = bytes;
+        spoiled[heads[7].0.payload_offset as usize] ^= 1;
+        std::fs::write(&path, &spoiled).expect("write");
+        let (writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), (0..7).collect::<Vec<_>>());
+        assert_eq!(writer.recovery().torn_heads.len(), 1);
+        assert!(writer.recovery().torn_bytes > 0 && writer.len() == ends[6]);
+    }
+
+    #[test]
+    fn a_journal_within_a_payload_is_not_taken_for_records() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (inner_path, path) = (dir.path().join("inner"), dir.path().join("j"));
+        written(&inner_path, 5);
+        let inner = std::fs::read(&inner_path).expect("read");
+        let mut writer = JournalWriter::create(&path).expect("create");
+        let first = writer.append(&head("1.2.0"), &inner).expect("append");
+        writer.append(&head("1.2.1"), &payload(1)).expect("append");
+        drop(writer);
+        let mut bytes = std::fs::read(&path).expect("read");
+        bytes[first.offset as usize] ^= 1;
+        std::fs::write(&path, &bytes).expect("write");
+        let (writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), [1]);
+        assert_eq!(writer.recovery().damage.len(), 1);
+    }
+
+    #[test]
+    fn a_payload_longer_than_the_scan_window_is_kept() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("j");
+        let big: Vec<u8> = (0..3 * SCAN_LEN + 5).map(|i| (i % 251) as u8).collect();
+        let mut writer = JournalWriter::create(&path).expect("create");
+        writer.append(&head("1.2.0"), &payload(0)).expect("append");
+        writer.append(&head("big"), &big).expect("append");
+        writer.append(&head("1.2.2"), &payload(2)).expect("append");
+        drop(writer);
+        // The small record's head is damaged, so that the search runs into the big one.
+        let mut bytes = std::fs::read(&path).expect("read");
+        bytes[HEADER_LEN] ^= 1;
+        std::fs::write(&path, &bytes).expect("write");
+        let (writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(records.len(), 2);
+        let mut out = Vec::new();
+        writer.reader().expect("reader").read(records[0].0, &mut out).expect("read");
+        assert_eq!(out, big);
+        assert_eq!(check(&writer, &records[1..]), [2]);
+    }
+
+    #[test]
+    fn short_writes_are_continued() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("j");
+        let mut writer = JournalWriter::create(&path).expect("create");
+        for (k, short) in [(0, 1), (5, 3), (3, 64), (4, 1000)] {
+            writer.fault = Fault { short: Some(short), writes_left: None };
+            writer.append(&head(&format!("1.2.{k}")), &payload(k)).expect("append");
+        }
+        drop(writer);
+        let (writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), [0, 5, 3, 4]);
+    }
+
+    #[test]
+    fn a_disk_that_fills_in_the_middle_of_a_write_leaves_the_file_as_it_was() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("j");
+        let mut writer = JournalWriter::create(&path).expect("create");
+        writer.append(&head("1.2.1"), &payload(1)).expect("append");
+        let len = writer.len();
+        for writes in 0..5 {
+            writer.fault = Fault { short: Some(20), writes_left: Some(writes) };
+            let error = writer.append(&head("1.2.9"), &payload(9)).expect_err("full");
+            assert!(error.is_no_space(), "{error}");
+            assert_eq!((writer.len(), std::fs::metadata(&path).expect("stat").len()), (len, len));
+        }
+        writer.fault = Fault::default();
+        writer.append(&head("1.2.2"), &payload(2)).expect("space again");
+        drop(writer);
+        let (writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), [1, 2]);
+    }
+
+    #[test]
+    fn a_second_writer_is_refused_while_the_first_lives() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("j");
+        let writer = JournalWriter::create(&path).expect("create");
+        let reader = writer.reader().expect("reader");
+        assert!(matches!(JournalWriter::open(&path), Err(JournalError::Locked)));
+        assert!(matches!(JournalWriter::create(&path), Err(JournalError::Io { .. })), "never overwritten");
+        drop(writer);
+        JournalWriter::open(&path).expect("readers do not hold the lock");
+        drop(reader);
+    }
+
+    #[test]
+    fn too_long_parts_are_refused_before_anything_is_written() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mut writer = JournalWriter::create(&dir.path().join("j")).expect("create");
+        let long = "1".repeat(MAX_UID_LEN + 1);
+        assert!(matches!(writer.append(&head(&long), &[]), Err(JournalError::TooLarge { .. })));
+        assert_eq!(writer.len(), HEADER_LEN as u64);
+        writer.append(&head(&long[1..]), &[]).expect("the longest");
+    }
+
+    #[test]
+    fn other_files_are_refused_and_left_alone() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("j");
+        written(&path, 2);
+        let good = std::fs::read(&path).expect("read");
+        let refuse = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).expect("write");
+            let error = JournalWriter::open(&path).expect_err("must be refused");
+            assert_eq!(std::fs::read(&path).expect("read"), bytes);
+            error
+        };
+        assert!(matches!(refuse(b"short, but not ours"), JournalError::NotAJournal));
+        assert!(matches!(refuse(&[b'x'; 4096]), JournalError::NotAJournal));
+        let mut newer = good.clone();
+        newer[H_VERSION.offset] = 2;
+        assert!(matches!(refuse(&newer), JournalError::Version { found: 2 }));
+        let checksum = crc32fast::hash(&newer[..60]).to_le_bytes();
+        newer[60..64].copy_from_slice(&checksum);
+        assert!(matches!(refuse(&newer), JournalError::Version { found: 2 }));
+        let mut damaged = good;
+        damaged[H_JOURNAL_ID.offset] ^= 1;
+        assert!(matches!(refuse(&damaged), JournalError::HeaderDamaged));
+        assert!(matches!(JournalWriter::open(&dir.path().join("none")), Err(JournalError::Io { .. })));
+        assert!(matches!(JournalReader::open(dir.path()), Err(JournalError::Io { .. })));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn garbage_never_panics_and_never_yields_a_wrong_record(
+            flips in proptest::collection::vec((0usize..2000, any::<u8>()), 0..12), cut in 0usize..2000, extend in 0usize..300,
+            fill: u8, swap in proptest::option::of((0usize..1500, 0usize..1500, 1usize..300))) {
+            let dir = quick_dir();
+            let path = dir.path().join("j");
+            let mut bytes = template();
+            for (at, with) in flips {
+                let at = at % bytes.len();
+                bytes[at] ^= with;
+            }
+            if let Some((from, to, len)) = swap {
+                let from = from % (bytes.len() - len);
+                let to = to % (bytes.len() - len);
+                bytes.copy_within(from..from + len, to);
+            }
+            bytes.truncate(cut.max(1));
+            let len = bytes.len() + extend;
+            bytes.resize(len, fill);
+            std::fs::write(&path, &bytes)?;
+            if let Ok((writer, records)) = JournalWriter::open(&path) {
+                let found = check(&writer, &records);
+                prop_assert!(found.windows(2).all(|w| w[0] < w[1]));
+            }
+        }
+
+        #[test]
+        fn pure_garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..600), ours: bool) {
+            let dir = quick_dir();
+            let path = dir.path().join("j");
+            let mut content = Vec::new();
+            if ours {
+                content = template()[..HEADER_LEN].to_vec();
+            }
+            content.extend(bytes);
+            std::fs::write(&path, &content)?;
+            if let Ok((writer, records)) = JournalWriter::open(&path) {
+                prop_assert!(records.is_empty() && writer.len() >= HEADER_LEN as u64);
+            }
+        }
+    }
 }
