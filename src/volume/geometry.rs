@@ -426,6 +426,9 @@ mod tests {
 
     use super::*;
 
+    /// What makes a slice wrong.
+    type Spoil = fn(&mut SliceGeometry);
+
     fn slice(z: f64) -> SliceGeometry {
         SliceGeometry {
             rows: 512,
@@ -631,7 +634,7 @@ mod tests {
 
     #[test]
     fn numbers_that_are_no_geometry_are_refused_and_named() {
-        let cases: [(&str, Reason, fn(&mut SliceGeometry)); 12] = [
+        let cases: [(&str, Reason, Spoil); 12] = [
             ("Rows", Reason::Undecodable, |s| s.rows = 0),
             ("Columns", Reason::Undecodable, |s| s.columns = 65535),
             ("PixelSpacing", Reason::InconsistentGeometry, |s| s.pixel_spacing_mm[0] = f64::NAN),
@@ -657,7 +660,7 @@ mod tests {
 
     #[test]
     fn slices_of_another_size_spacing_or_orientation_are_refused() {
-        let cases: [(&str, fn(&mut SliceGeometry)); 4] = [
+        let cases: [(&str, Spoil); 4] = [
             ("Rows", |s| s.rows = 256),
             ("Columns", |s| s.columns = 256),
             ("PixelSpacing", |s| s.pixel_spacing_mm[0] = 0.702),

@@ -122,7 +122,7 @@ impl RecordRef {
     /// First byte after the record and its padding.
     fn end(&self) -> u64 {
         // A record's place was checked against the file's length, far below the overflow.
-        self.payload_offset + (self.payload_len + ALIGN as u64 - 1) / ALIGN as u64 * ALIGN as u64
+        self.payload_offset + self.payload_len.next_multiple_of(ALIGN as u64)
     }
 }
 
@@ -872,10 +872,10 @@ fn next_head(
             continue;
         };
         at += (blocks * ALIGN) as u64;
-        if let Some(parsed) = parse_head(window.bytes(at, MAX_HEAD_LEN)?, journal_id) {
-            if parsed.sequence >= sequence {
-                return Ok(Some((at, parsed.sequence)));
-            }
+        if let Some(parsed) = parse_head(window.bytes(at, MAX_HEAD_LEN)?, journal_id)
+            && parsed.sequence >= sequence
+        {
+            return Ok(Some((at, parsed.sequence)));
         }
         at += ALIGN as u64;
     }
