@@ -42,6 +42,23 @@ impl Default for CompletionRules {
     }
 }
 
+/// Longest time any rule may wait: an hour. A result later than that helps nobody.
+pub const MAX_WAIT_MS: u64 = 3_600_000;
+
+impl CompletionRules {
+    /// Every rule out of its range, as a fragment for people; empty when all are sound.
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if self.idle_ms == 0 || self.idle_ms > MAX_WAIT_MS {
+            faults.push(format!("idle_ms: expected 1 to {MAX_WAIT_MS}, got {}", self.idle_ms));
+        }
+        if self.grace_ms > self.idle_ms {
+            faults.push(format!("grace_ms: expected at most idle_ms ({}), got {}", self.idle_ms, self.grace_ms));
+        }
+        faults
+    }
+}
+
 /// Why a series is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -351,6 +368,17 @@ mod tests {
         c.released(1, 30 * MS);
         assert!(c.looks_complete(None, 30 * MS), "released");
         assert_eq!(c.progress(30 * MS), Progress::Open);
+    }
+
+    #[test]
+    fn rules_out_of_range_are_found() {
+        assert_eq!(CompletionRules::default().faults(), Vec::<String>::new());
+        assert_eq!(CompletionRules { grace_ms: 1, idle_ms: 0 }.faults().len(), 2);
+        assert_eq!(CompletionRules { grace_ms: 0, idle_ms: u64::MAX }.faults().len(), 1);
+        let mut c = Completion::new(CompletionRules { grace_ms: u64::MAX, idle_ms: u64::MAX }, 0);
+        c.slice(1, 5);
+        c.released(1, 6);
+        assert_eq!(c.progress(u64::MAX - 1), Progress::Open, "no overflow");
     }
 
     #[test]

@@ -127,6 +127,26 @@ impl Default for GeometryLimits {
     }
 }
 
+impl GeometryLimits {
+    /// Every limit out of its range, as a fragment for people; empty when all are sound.
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if self.min_slices == 0 || self.min_slices > self.max_slices {
+            faults.push(format!("min_slices: expected 1 to max_slices, got {}", self.min_slices));
+        }
+        for (name, value, range) in [
+            ("max_tilt_deg", self.max_tilt_deg, 0.0..=45.0),
+            ("gap_factor", self.gap_factor, 1.01..=10.0),
+            ("max_spacing_mm", self.max_spacing_mm, 0.1..=100.0),
+        ] {
+            if !range.contains(&value) {
+                faults.push(format!("{name}: expected {} to {}, got {value}", range.start(), range.end()));
+            }
+        }
+        faults
+    }
+}
+
 fn dot(a: [f64; 3], b: [f64; 3]) -> f64 {
     a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 }
@@ -254,7 +274,9 @@ impl SliceGeometry {
     pub fn in_plane_orientation(&self, limits: &GeometryLimits) -> Result<InPlaneOrientation, Refusal> {
         self.validate()?;
         let tilt = self.tilt_deg();
-        if tilt > limits.max_tilt_deg {
+        // Written so that a limit that is no number refuses.
+        let axial = tilt <= limits.max_tilt_deg;
+        if !axial {
             let detail = format!(
                 "ImageOrientationPatient: expected axial planes tilted by at most {} degrees, got {tilt:.1}",
                 limits.max_tilt_deg
@@ -402,7 +424,9 @@ fn check_gaps(steps: &[f64], limits: &GeometryLimits) -> Result<(), Refusal> {
         let mut around = [0.0; GAP_WINDOW];
         around[..window].copy_from_slice(&steps[from..from + window]);
         let usual = median(&mut around[..window]);
-        if step > limits.gap_factor * usual || step > limits.max_spacing_mm {
+        // Written so that a limit that is no number refuses.
+        let fits = step <= limits.gap_factor * usual && step <= limits.max_spacing_mm;
+        if !fits {
             gaps += 1;
             if step > worst.0 {
                 worst = (step, usual);
@@ -425,6 +449,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// What makes a slice wrong.
+    type Spoil = fn(&mut SliceGeometry);
 
     fn slice(z: f64) -> SliceGeometry {
         SliceGeometry {
@@ -631,7 +658,7 @@ mod tests {
 
     #[test]
     fn numbers_that_are_no_geometry_are_refused_and_named() {
-        let cases: [(&str, Reason, fn(&mut SliceGeometry)); 12] = [
+        let cases: [(&str, Reason, Spoil); 12] = [
             ("Rows", Reason::Undecodable, |s| s.rows = 0),
             ("Columns", Reason::Undecodable, |s| s.columns = 65535),
             ("PixelSpacing", Reason::InconsistentGeometry, |s| s.pixel_spacing_mm[0] = f64::NAN),
@@ -657,7 +684,7 @@ mod tests {
 
     #[test]
     fn slices_of_another_size_spacing_or_orientation_are_refused() {
-        let cases: [(&str, fn(&mut SliceGeometry)); 4] = [
+        let cases: [(&str, Spoil); 4] = [
             ("Rows", |s| s.rows = 256),
             ("Columns", |s| s.columns = 256),
             ("PixelSpacing", |s| s.pixel_spacing_mm[0] = 0.702),
@@ -733,6 +760,19 @@ mod tests {
     fn rounded_positions_are_uniform() {
         let slices: Vec<_> = (0..200).map(|i| slice((i as f64 * 0.625 * 100.0).round() / 100.0)).collect();
         assert!(build(&slices).uniform);
+    }
+
+    #[test]
+    fn limits_out_of_range_are_found_and_refuse_rather_than_accept() {
+        assert_eq!(GeometryLimits::default().faults(), Vec::<String>::new());
+        let nan = f64::NAN;
+        let broken =
+            GeometryLimits { min_slices: 0, max_slices: 4096, max_tilt_deg: nan, gap_factor: nan, max_spacing_mm: nan };
+        assert_eq!(broken.faults().len(), 4);
+        let refuse = |limits: GeometryLimits| build_stack(&straight(30, 1.0), &limits).expect_err("refused").reason;
+        assert_eq!(refuse(GeometryLimits { max_tilt_deg: nan, ..Default::default() }), Reason::NotAxial);
+        assert_eq!(refuse(GeometryLimits { gap_factor: nan, ..Default::default() }), Reason::Gap);
+        assert_eq!(refuse(GeometryLimits { max_spacing_mm: nan, ..Default::default() }), Reason::Gap);
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub enum Reason {
     Localizer,
     /// ImageType says DERIVED/SECONDARY in a way that is no axial reconstruction (MPR, MIP, screen save).
     Derived,
-    /// The planes are not axial within the tilt limit, or have no orientation or position.
+    /// The planes are not axial within the tilt limit, or have no orientation or position, or an impossible one.
     NotAxial,
     /// Fewer slices than the limit.
     TooFewSlices,
@@ -26,11 +26,11 @@ pub enum Reason {
     Gap,
     /// Two different images claim one SOPInstanceUID or one position.
     DuplicateConflict,
-    /// Slices of different size, spacing or orientation in one series.
+    /// Slices of different size, spacing or orientation in one series, or an impossible spacing.
     InconsistentGeometry,
     /// No lung found in the volume.
     NoLung,
-    /// The pixels cannot be decoded.
+    /// The pixels cannot be decoded, or there are none or too many of them (Rows, Columns).
     Undecodable,
     /// A fault of this program; never to be read as a negative finding.
     Internal,

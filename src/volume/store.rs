@@ -628,6 +628,16 @@ mod tests {
     }
 
     #[test]
+    fn handles_go_between_threads() {
+        fn sendable<T: Send>() {}
+        fn shareable<T: Send + Sync>() {}
+        sendable::<SlotWriter>();
+        shareable::<VolumeFile>();
+        shareable::<crate::volume::journal::JournalReader>();
+        sendable::<crate::volume::journal::JournalWriter>();
+    }
+
+    #[test]
     fn a_slot_is_seen_when_published_and_not_before() {
         let dir = tempfile::tempdir().expect("tempdir");
         let volume = VolumeFile::create(&dir.path().join("v"), 7, 5, 3).expect("create");
