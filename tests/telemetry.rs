@@ -75,11 +75,7 @@ fn promtool_accepts_the_metrics() {
         .expect("this test needs promtool; install it: apt-get install -y --no-install-recommends prometheus");
     child.stdin.as_ref().unwrap().write_all(text.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
-    let said = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && said.trim().is_empty(), "{said}\n{text}");
 }
 

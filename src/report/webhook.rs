@@ -111,8 +111,7 @@ impl WebhookConfig {
         match self.url.parse::<ureq::http::Uri>() {
             Ok(uri) => {
                 let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-                let loopback =
-                    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+                let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
                 if uri.authority().is_some_and(|a| a.as_str().contains('@')) {
                     faults.push("url: no user and password in it, the signature says who sends".into());
                 }
@@ -354,10 +353,7 @@ mod tests {
         let hook = Webhook::new(&config()).unwrap();
         let header = hook.signature(1_700_000_000, b"{}");
         // printf '1700000000.{}' | openssl dgst -sha256 -hmac 0123456789abcdef
-        assert_eq!(
-            header,
-            "t=1700000000,v1=e4f8e2ecae2295b2ddb2f0b5584c8275e226c0ebe9b3b819e70156bb67122e3e"
-        );
+        assert_eq!(header, "t=1700000000,v1=e4f8e2ecae2295b2ddb2f0b5584c8275e226c0ebe9b3b819e70156bb67122e3e");
         let ok = |secret: &[u8], header: &str, body: &[u8], now| verify_signature(secret, header, body, now, 300);
         let secret = b"0123456789abcdef";
         assert!(ok(secret, &header, b"{}", 1_700_000_000));
@@ -423,9 +419,7 @@ mod tests {
     #[test]
     fn nobody_listening_is_worth_a_retry_and_names_no_address() {
         let hook = Webhook::new(&config()).unwrap();
-        let e = hook
-            .deliver(&Delivery { result_uid: "2.25.1", payload: b"{}", attempt: 1, now_ms: 0 })
-            .unwrap_err();
+        let e = hook.deliver(&Delivery { result_uid: "2.25.1", payload: b"{}", attempt: 1, now_ms: 0 }).unwrap_err();
         assert!(e.retryable && !e.detail.contains("127.0.0.1"), "{e:?}");
     }
 

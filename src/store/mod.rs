@@ -64,7 +64,9 @@ pub enum StoreError {
     #[error("open the store: expected a darnet store, got another kind of file")]
     NotAStore,
     /// The file was written by a later version.
-    #[error("open the store: its schema version {found} is later than {SCHEMA_VERSION}, which this program knows; update it")]
+    #[error(
+        "open the store: its schema version {found} is later than {SCHEMA_VERSION}, which this program knows; update it"
+    )]
     TooNew {
         /// The version found.
         found: i64,

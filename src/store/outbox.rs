@@ -144,8 +144,7 @@ pub(super) fn insert_drafts(
     Ok(())
 }
 
-const LEASED_COLUMNS: &str =
-    "id, result_uid, sink, payload, attempts, attempts - attempts_at_resend, created_at_ms";
+const LEASED_COLUMNS: &str = "id, result_uid, sink, payload, attempts, attempts - attempts_at_resend, created_at_ms";
 
 fn leased_of(r: &rusqlite::Row<'_>) -> rusqlite::Result<Leased> {
     Ok(Leased {

@@ -341,13 +341,13 @@ impl StoreHandle {
             tx.execute("UPDATE results SET live = 0 WHERE study_hash = ?1 AND live = 1", [&study])
                 .and_then(|_| tx.execute("UPDATE results SET live = 1 WHERE result_uid = ?1", [result_uid]))
                 .and_then(|_| {
-                    tx.execute("UPDATE studies SET updated_ms = max(updated_ms, ?2) WHERE hash = ?1", params![
-                        study, now_ms
-                    ])
+                    tx.execute(
+                        "UPDATE studies SET updated_ms = max(updated_ms, ?2) WHERE hash = ?1",
+                        params![study, now_ms],
+                    )
                 })
                 .map_err(fault(OPERATION))?;
-            let parse =
-                |t: &str| StudyHash::parse(t).map_err(|_| StoreError::Sqlite { operation: OPERATION, code: 0 });
+            let parse = |t: &str| StudyHash::parse(t).map_err(|_| StoreError::Sqlite { operation: OPERATION, code: 0 });
             let detail = serde_json::json!({ "result_uid": result_uid }).to_string();
             schema::append_audit(tx, now_ms, "live", Some(&parse(&study)?), Some(&parse(&series)?), &detail)
         })

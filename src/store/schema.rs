@@ -89,8 +89,7 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
     let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault(OPERATION))?;
     let read = |name: &str| tx.pragma_query_value(None, name, |r| r.get::<_, i64>(0)).map_err(fault(OPERATION));
     let (id, found) = (read("application_id")?, read("user_version")?);
-    let tables: i64 =
-        tx.query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get(0)).map_err(fault(OPERATION))?;
+    let tables: i64 = tx.query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get(0)).map_err(fault(OPERATION))?;
     let is_new = id == 0 && found == 0 && tables == 0;
     if id != APPLICATION_ID && !is_new {
         return Err(StoreError::NotAStore);

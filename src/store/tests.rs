@@ -39,7 +39,8 @@ fn file_is_private_durable_and_versioned() {
         let mode = std::fs::metadata(dir.path().join(name)).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode, 0o600, "{name}");
     }
-    let get = |p: &str| handle.connection.pragma_query_value(None, p, |r| r.get::<_, rusqlite::types::Value>(0)).unwrap();
+    let get =
+        |p: &str| handle.connection.pragma_query_value(None, p, |r| r.get::<_, rusqlite::types::Value>(0)).unwrap();
     assert_eq!(get("journal_mode"), rusqlite::types::Value::Text("wal".into()));
     assert_eq!(get("synchronous"), rusqlite::types::Value::Integer(2));
     assert_eq!(get("foreign_keys"), rusqlite::types::Value::Integer(1));
@@ -246,7 +247,10 @@ fn audit_trail_is_append_only() {
     assert!(handle.connection.execute("DELETE FROM audit", []).is_err());
     assert!(handle.connection.execute("UPDATE audit SET event = 'x'", []).is_err());
     let tail = handle.audit_tail(5).unwrap();
-    assert_eq!((tail.len(), tail[0].event.as_str(), tail[0].study.as_deref()), (1, "login", Some(hash("1.1").as_str())));
+    assert_eq!(
+        (tail.len(), tail[0].event.as_str(), tail[0].study.as_deref()),
+        (1, "login", Some(hash("1.1").as_str()))
+    );
 }
 
 #[test]
@@ -271,7 +275,9 @@ fn threads_commit_at_once_without_a_lost_or_doubled_outcome() {
                 for i in 0..10 {
                     // Two threads commit the same outcomes.
                     let uid = format!("1.{}.{i}", t / 2);
-                    handle.commit_outcome(&outcome(&uid, &format!("{uid}.1"), 1), &[OutboxDraft::document("w")]).unwrap();
+                    handle
+                        .commit_outcome(&outcome(&uid, &format!("{uid}.1"), 1), &[OutboxDraft::document("w")])
+                        .unwrap();
                 }
             });
         }

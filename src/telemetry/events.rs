@@ -177,12 +177,7 @@ pub struct AssociationClosed {
 impl AssociationClosed {
     /// Logs and records.
     pub fn emit(&self) {
-        debug!(
-            association = self.association,
-            active = self.active,
-            objects = self.objects,
-            "association released"
-        );
+        debug!(association = self.association, active = self.active, objects = self.objects, "association released");
         counter!(names::ASSOCIATIONS, "result" => "released").increment(1);
         gauge!(names::ASSOCIATIONS_ACTIVE).set(self.active as f64);
     }
@@ -581,12 +576,9 @@ pub struct OutboxObserved {
 impl OutboxObserved {
     /// Records; no log line.
     pub fn emit(&self) {
-        for (state, n) in [
-            ("pending", self.pending),
-            ("sending", self.sending),
-            ("delivered", self.delivered),
-            ("dead", self.dead),
-        ] {
+        for (state, n) in
+            [("pending", self.pending), ("sending", self.sending), ("delivered", self.delivered), ("dead", self.dead)]
+        {
             gauge!(names::OUTBOX_ITEMS, "state" => state).set(n as f64);
         }
     }

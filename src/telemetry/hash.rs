@@ -88,7 +88,9 @@ pub enum HasherError {
         source: std::io::Error,
     },
     /// The key file holds something else.
-    #[error("read the hash key file: expected 64 hex digits, got something else; restore it from a backup or remove it")]
+    #[error(
+        "read the hash key file: expected 64 hex digits, got something else; restore it from a backup or remove it"
+    )]
     Malformed,
     /// Others may read the key file.
     #[error("read the hash key file: mode {mode:03o} lets others read it; set it to 600")]
@@ -175,8 +177,7 @@ impl StudyHasher {
 }
 
 fn write_key(path: &Path, key: &[u8]) -> Result<(), HasherError> {
-    let mut file =
-        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io("create"))?;
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io("create"))?;
     file.write_all(format!("{}\n", hex(key)).as_bytes()).and_then(|()| file.sync_all()).map_err(io("write"))
 }
 

@@ -137,7 +137,8 @@ impl MetricsHandle {
         }
         let inner = builder.install_recorder().map_err(|e| fault(&e))?;
         describe_all();
-        let unix_s = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+        let unix_s =
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
         metrics::gauge!(names::START_TIME).set(unix_s);
         Ok(INSTALLED.get_or_init(|| Self { inner }).clone())
     }

@@ -94,7 +94,9 @@ pub enum WebError {
     #[error("start the web server: read token_file: {0}")]
     TokenFile(std::io::Error),
     /// The token is too easy.
-    #[error("start the web server: the token has fewer than {MIN_TOKEN_BYTES} bytes or characters other than visible ASCII")]
+    #[error(
+        "start the web server: the token has fewer than {MIN_TOKEN_BYTES} bytes or characters other than visible ASCII"
+    )]
     BadToken,
     /// The address cannot be bound.
     #[error("start the web server: bind: {0}")]
@@ -310,9 +312,8 @@ fn refusal(shared: &Shared, headers: &HeaderMap) -> Option<Response> {
             (!token.matches(given.trim_ascii()))
                 .then(|| (StatusCode::UNAUTHORIZED, challenge, "token required\n").into_response())
         }
-        None => (!is_loopback_host(value(header::HOST).unwrap_or_default())).then(|| {
-            (StatusCode::FORBIDDEN, "use the address of this machine, or set a token\n").into_response()
-        }),
+        None => (!is_loopback_host(value(header::HOST).unwrap_or_default()))
+            .then(|| (StatusCode::FORBIDDEN, "use the address of this machine, or set a token\n").into_response()),
     }
 }
 
@@ -426,20 +427,27 @@ mod tests {
 
     #[test]
     fn hosts_are_told_apart() {
-        for good in ["localhost", "LOCALHOST:8470", "127.0.0.1", "127.0.0.1:8470", "[::1]", "[::1]:8470", "127.9.9.9:1"] {
+        for good in ["localhost", "LOCALHOST:8470", "127.0.0.1", "127.0.0.1:8470", "[::1]", "[::1]:8470", "127.9.9.9:1"]
+        {
             assert!(is_loopback_host(good.as_bytes()), "{good}");
         }
-        for bad in ["", "evil.example", "evil.example:8470", "localhost.evil.example", "10.0.0.1:8470", "localhost:x", "\u{fe}"] {
+        for bad in [
+            "",
+            "evil.example",
+            "evil.example:8470",
+            "localhost.evil.example",
+            "10.0.0.1:8470",
+            "localhost:x",
+            "\u{fe}",
+        ] {
             assert!(!is_loopback_host(bad.as_bytes()), "{bad}");
         }
     }
 
     #[test]
     fn other_addresses_need_a_token() {
-        let config = |bind: &str, token: bool| WebConfig {
-            bind: bind.into(),
-            token_file: token.then(|| "token".into()),
-        };
+        let config =
+            |bind: &str, token: bool| WebConfig { bind: bind.into(), token_file: token.then(|| "token".into()) };
         assert!(WebConfig::default().validate().is_empty());
         assert!(config("[::1]:0", false).validate().is_empty());
         assert!(config("0.0.0.0:8470", true).validate().is_empty());
