@@ -458,6 +458,22 @@ mod tests {
         assert!(json["notice"].as_str().unwrap().contains("not for diagnosis"));
     }
 
+    #[test]
+    fn the_documented_example_is_a_result_document() {
+        let page = include_str!("../../docs/webhook.md");
+        let example = page.split("```json").nth(1).and_then(|t| t.split("```").next()).unwrap();
+        let document: ResultDocument = serde_json::from_str(example).unwrap();
+        let (value, again): (serde_json::Value, _) =
+            (serde_json::from_str(example).unwrap(), serde_json::to_value(&document).unwrap());
+        assert_eq!(value, again, "the example shows every member and no other");
+        for member in value.as_object().unwrap().keys().chain(value["report"].as_object().unwrap().keys()) {
+            assert!(page.contains(&format!("`{member}`")) || member == "completion", "{member} is not described");
+        }
+        for reason in Reason::ALL {
+            assert!(page.contains(&format!("`{reason}`")), "{reason} is not described");
+        }
+    }
+
     fn finite() -> impl Strategy<Value = f32> {
         any::<f32>().prop_filter("finite", |v| v.is_finite())
     }
