@@ -203,23 +203,24 @@ impl Canvas {
 
     /// Copies `from`, shrunk by the whole factor `shrink` (box mean), to `(x, y)`.
     pub(super) fn paste_shrunk(&mut self, from: &Canvas, shrink: usize, x: usize, y: usize) {
-        let (w, h) = (from.width / shrink, from.height / shrink);
-        let pixels = (shrink * shrink) as u32;
-        for r in 0..h.min(self.height.saturating_sub(y)) {
-            for c in 0..w.min(self.width.saturating_sub(x)) {
-                let mut sum = [0u32; 3];
-                for dr in 0..shrink {
-                    let at = 3 * ((r * shrink + dr) * from.width + c * shrink);
-                    for pixel in from.rgb[at..at + 3 * shrink].chunks_exact(3) {
+        let h = (from.height / shrink).min(self.height.saturating_sub(y));
+        let w = (from.width / shrink).min(self.width.saturating_sub(x));
+        let share = 1.0 / (shrink * shrink) as f32;
+        let mut sums = vec![0u32; 3 * w];
+        for r in 0..h {
+            sums.fill(0);
+            for line in from.rgb.chunks_exact(3 * from.width).skip(r * shrink).take(shrink) {
+                for (sum, block) in sums.chunks_exact_mut(3).zip(line.chunks_exact(3 * shrink)) {
+                    for pixel in block.chunks_exact(3) {
                         for (s, v) in sum.iter_mut().zip(pixel) {
                             *s += u32::from(*v);
                         }
                     }
                 }
-                let at = 3 * ((y + r) * self.width + x + c);
-                for (to, s) in self.rgb[at..at + 3].iter_mut().zip(sum) {
-                    *to = (s / pixels) as u8;
-                }
+            }
+            let at = 3 * ((y + r) * self.width + x);
+            for (to, s) in self.rgb[at..at + 3 * w].iter_mut().zip(&sums) {
+                *to = (*s as f32 * share) as u8;
             }
         }
     }
