@@ -2,8 +2,30 @@
 //!
 //! Input: one volume `1 x D x H x W`, f32 in [0, 1]. Output: [`Inference`]. A backend prepares a model once; each
 //! worker opens a session that owns its scratch.
+//!
+//! - [`reference`]: plain loops, the oracle of the tests; any shape, slow.
+//! - [`cpu`]: the default; GEMM on channels-last activations, several threads.
+//!
+//! Invariants: the same backend gives the same bits for the same input, whatever the number of threads. A run either
+//! fills all of its output with finite numbers or returns an error. Backends agree as follows, |d| being the largest
+//! difference of two logits: cpu with reference |d| <= 1e-3 * max(1, max |logit|) and probabilities within 1e-4,
+//! reference with PyTorch |d| <= 1e-4 * max(1, max |logit|).
+//!
+//! Deliberately absent: preprocessing, calibration, anything that knows DICOM.
 
+use std::fmt;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::Model;
+
+pub mod cpu;
+pub mod reference;
+
+/// Most threads a backend takes; more do not help at 64 planes an input.
+pub const MAX_THREADS: usize = 256;
 
 /// What one run of the network yields.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,5 +58,265 @@ impl CancelToken {
     /// Whether the run is asked to stop.
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Which backend to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendKind {
+    /// The fastest that works here.
+    #[default]
+    Auto,
+    /// Plain loops.
+    Reference,
+    /// Our own, on the processor.
+    Cpu,
+    /// TensorRT.
+    Tensorrt,
+    /// cuDNN.
+    Cuda,
+}
+
+impl BackendKind {
+    /// Every kind.
+    pub const ALL: [Self; 5] = [Self::Auto, Self::Reference, Self::Cpu, Self::Tensorrt, Self::Cuda];
+
+    /// Its name in configuration and on the command line.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Reference => "reference",
+            Self::Cpu => "cpu",
+            Self::Tensorrt => "tensorrt",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
+impl fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for BackendKind {
+    type Err = EngineError;
+
+    fn from_str(text: &str) -> Result<Self, EngineError> {
+        Self::ALL
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
+            .ok_or_else(|| EngineError::UnknownBackend(text.to_owned()))
+    }
+}
+
+/// How a backend uses the machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineOptions {
+    /// Threads of the pool that all sessions of a backend share; 0 takes one a core.
+    pub threads: usize,
+}
+
+impl EngineOptions {
+    /// The number of threads meant: `threads`, or one a core where that is 0.
+    ///
+    /// # Errors
+    /// More than [`MAX_THREADS`].
+    pub fn resolved_threads(&self) -> Result<usize, EngineError> {
+        if self.threads > MAX_THREADS {
+            return Err(EngineError::Threads { got: self.threads });
+        }
+        if self.threads > 0 {
+            return Ok(self.threads);
+        }
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Ok(cores.min(MAX_THREADS))
+    }
+}
+
+/// Why a backend cannot be prepared, or a run gave nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The backend is not built in, or its library, driver or device is absent.
+    #[error("backend {backend} is not available: {reason}; use cpu or auto")]
+    Unavailable {
+        /// Which.
+        backend: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// No such backend.
+    #[error("unknown backend {0:?}: expected auto, reference, cpu, tensorrt or cuda")]
+    UnknownBackend(String),
+    /// Too many threads asked for.
+    #[error("engine threads: expected at most {MAX_THREADS}, got {got}")]
+    Threads {
+        /// How many.
+        got: usize,
+    },
+    /// The pool could not be made.
+    #[error("start {threads} engine threads: {reason}")]
+    ThreadPool {
+        /// How many.
+        threads: usize,
+        /// Why not.
+        reason: String,
+    },
+    /// The input has another size than the model's.
+    #[error("input volume: expected {expected} values for the model's input shape, got {got}")]
+    InputLength {
+        /// Voxels of the model's input.
+        expected: usize,
+        /// Values given.
+        got: usize,
+    },
+    /// An input value is not a finite number.
+    #[error("input volume: expected finite values in [0, 1], value {index} is not finite")]
+    InputValue {
+        /// The first such value.
+        index: usize,
+    },
+    /// A logit is not a finite number.
+    #[error("inference gave a logit that is not finite; check the input volume for values outside [0, 1]")]
+    NotFinite,
+    /// The run's [`CancelToken`] was set.
+    #[error("inference was cancelled")]
+    Cancelled,
+}
+
+/// A model prepared for running; shared by all workers.
+pub trait Backend: Send + Sync {
+    /// `reference`, `cpu`, `tensorrt` or `cuda`: what really runs, never `auto`.
+    fn name(&self) -> &'static str;
+
+    /// Opens a session, which allocates all of its scratch.
+    ///
+    /// # Errors
+    /// A device without room.
+    fn session(&self) -> Result<Box<dyn Session>, EngineError>;
+
+    /// Why `auto` fell back to this backend.
+    fn note(&self) -> Option<&str> {
+        None
+    }
+
+    /// Threads that work on one run.
+    fn threads(&self) -> usize {
+        1
+    }
+
+    /// Bytes of prepared weights, shared by all sessions.
+    fn weight_bytes(&self) -> usize {
+        0
+    }
+
+    /// Bytes that one session allocates when it opens.
+    fn session_bytes(&self) -> usize {
+        0
+    }
+}
+
+/// One worker's way to run the network.
+pub trait Session: Send {
+    /// Runs the network on `input` (D, H, W row-major, values in [0, 1]) and fills `out`, whose buffers are reused.
+    ///
+    /// # Errors
+    /// [`EngineError::InputLength`], [`EngineError::Cancelled`] when `cancel` is set (looked at between blocks of
+    /// rows), [`EngineError::NotFinite`]. The content of `out` is then unspecified; the session stays usable.
+    fn run(&mut self, input: &[f32], cancel: &CancelToken, out: &mut Inference) -> Result<(), EngineError>;
+}
+
+/// Prepares `model` for `kind`.
+///
+/// # Errors
+/// [`EngineError::Unavailable`] for a backend this build or machine lacks (never for `auto`), and options out of range.
+pub fn prepare(kind: BackendKind, model: &Model, options: &EngineOptions) -> Result<Box<dyn Backend>, EngineError> {
+    let unavailable = |backend| Err(EngineError::Unavailable { backend, reason: "not part of this build".to_owned() });
+    match kind {
+        BackendKind::Reference => Ok(Box::new(reference::ReferenceBackend::new(model))),
+        BackendKind::Cpu => Ok(Box::new(cpu::CpuBackend::new(model, options, None)?)),
+        BackendKind::Auto => {
+            let note = "no GPU backend in this build, using cpu";
+            Ok(Box::new(cpu::CpuBackend::new(model, options, Some(note))?))
+        }
+        BackendKind::Tensorrt => unavailable("tensorrt"),
+        BackendKind::Cuda => unavailable("cuda"),
+    }
+}
+
+/// What every session checks before it runs.
+fn check_input(input: &[f32], input_dhw: [usize; 3]) -> Result<(), EngineError> {
+    let expected = input_dhw.iter().product();
+    if input.len() != expected {
+        return Err(EngineError::InputLength { expected, got: input.len() });
+    }
+    match input.iter().position(|v| !v.is_finite()) {
+        Some(index) => Err(EngineError::InputValue { index }),
+        None => Ok(()),
+    }
+}
+
+/// Probabilities of `logits`: `exp(x - max) / sum`, in f64, rounded once.
+pub fn softmax(logits: &[f32]) -> Vec<f32> {
+    let mut scores = Vec::new();
+    softmax_into(logits, &mut scores);
+    scores
+}
+
+/// [`softmax`] into a buffer that is reused.
+pub fn softmax_into(logits: &[f32], scores: &mut Vec<f32>) {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exponential = |x: &f32| (f64::from(*x) - f64::from(max)).exp();
+    let sum: f64 = logits.iter().map(exponential).sum();
+    scores.clear();
+    scores.extend(logits.iter().map(|x| (exponential(x) / sum) as f32));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn softmax_is_a_distribution_and_survives_large_logits() {
+        assert_eq!(softmax(&[0.0, 0.0]), [0.5, 0.5]);
+        let scores = softmax(&[1e30, -1e30, 0.0]);
+        assert_eq!(scores, [1.0, 0.0, 0.0]);
+        let scores = softmax(&[1.0, 2.0, 3.0]);
+        assert!((scores.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+        assert!((scores[2] - 0.665_240_94).abs() < 1e-6);
+    }
+
+    #[test]
+    fn backend_names_survive_text_and_toml() {
+        for kind in BackendKind::ALL {
+            assert_eq!(kind.as_str().parse::<BackendKind>().unwrap(), kind);
+            let json = serde_json::to_string(&kind).unwrap();
+            assert_eq!(json, format!("\"{kind}\""));
+        }
+        assert!("gpu".parse::<BackendKind>().is_err());
+    }
+
+    #[test]
+    fn a_gpu_backend_is_a_typed_error_and_auto_says_why_it_is_not_used() {
+        let model = Model::embedded().unwrap();
+        let options = EngineOptions { threads: 1 };
+        for kind in [BackendKind::Tensorrt, BackendKind::Cuda] {
+            let error = prepare(kind, &model, &options).err().unwrap();
+            assert!(matches!(error, EngineError::Unavailable { .. }), "{error}");
+        }
+        let auto = prepare(BackendKind::Auto, &model, &options).unwrap();
+        assert_eq!(auto.name(), "cpu");
+        assert!(auto.note().is_some());
+        let cpu = prepare(BackendKind::Cpu, &model, &options).unwrap();
+        assert_eq!(cpu.note(), None);
+    }
+
+    #[test]
+    fn too_many_threads_are_refused() {
+        let options = EngineOptions { threads: 100_000 };
+        assert!(options.resolved_threads().is_err());
+        assert!(EngineOptions::default().resolved_threads().unwrap() >= 1);
     }
 }
