@@ -185,7 +185,8 @@ pub(super) struct Anatomy {
     breasts: Vec<Ellipsoid>,
     spleen: Ellipsoid,
     stomach: Ellipsoid,
-    envelope: Vec<Tube>,
+    /// Tubes with the fat that wraps them, each with the box outside which it changes nothing.
+    envelope: Vec<(Tube, V3, V3)>,
     /// Great vessels, trachea and the like.
     pub(super) tubes: Vec<(Tube, TubeKind)>,
 }
@@ -243,7 +244,7 @@ impl Anatomy {
         let age_years = d.about(54.0, 15.0, 19.0, 89.0) as u32;
         let size = d.about(if female { 0.95 } else { 1.02 }, 0.05, 0.82, 1.16);
         let height = size * d.about(252.0, 15.0, 205.0, 300.0);
-        let half_width = size * d.about(130.0, 6.0, 112.0, 148.0);
+        let half_width = size * d.about(136.0, 6.0, 118.0, 154.0);
         let half_depth = size * d.about(93.0, 6.0, 76.0, 112.0);
         let fat = d.about(if female { 17.0 } else { 14.0 }, 6.0, 5.0, 36.0);
         let bulk = d.about(if female { 0.9 } else { 1.08 }, 0.13, 0.7, 1.4);
@@ -363,12 +364,16 @@ impl Anatomy {
         };
         let arch = zc + 30.0 * size;
         let mut tubes = Vec::new();
-        let mut envelope: Vec<Tube> = Vec::new();
+        let mut envelope = Vec::new();
         let mut put = |points: &[(V3, f64)], kind: TubeKind, margin: f64| {
             for tube in polyline(points) {
                 tubes.push((tube, kind));
                 if margin > 0.0 {
-                    envelope.push(Tube { ra: tube.ra + margin, rb: tube.rb + margin, ..tube });
+                    let wrapped = Tube { ra: tube.ra + margin, rb: tube.rb + margin, ..tube };
+                    let reach = wrapped.ra.max(wrapped.rb) + 20.0;
+                    let low = [0, 1, 2].map(|i| tube.a[i].min(tube.b[i]) - reach);
+                    let high = [0, 1, 2].map(|i| tube.a[i].max(tube.b[i]) + reach);
+                    envelope.push((wrapped, low, high));
                 }
             }
         };
@@ -387,7 +392,11 @@ impl Anatomy {
             6.0,
         );
         put(
-            &[(p(0.0, 0.585, zc + 3.0), tr * 0.85), (p(-17.0, 0.60, zc - 12.0), 6.8), (p(-31.0, 0.615, zc - 22.0), 6.4)],
+            &[
+                (p(0.0, 0.585, zc + 3.0), tr * 0.85),
+                (p(-17.0, 0.60, zc - 12.0), 6.8),
+                (p(-31.0, 0.615, zc - 22.0), 6.4),
+            ],
             Airway,
             7.0,
         );
@@ -427,25 +436,37 @@ impl Anatomy {
         );
         // Superior vena cava, inferior vena cava.
         put(
-            &[
-                (p(-20.0, 0.33, zc + 52.0), 7.5),
-                (p(-26.0, 0.37, zc + 15.0), 9.0),
-                (p(-27.0, 0.42, zc - 40.0), 9.5),
-            ],
+            &[(p(-20.0, 0.33, zc + 52.0), 7.5), (p(-26.0, 0.37, zc + 15.0), 9.0), (p(-27.0, 0.42, zc - 40.0), 9.5)],
             Vessel,
             5.0,
         );
-        put(&[(p(-22.0, 0.52, zc - 80.0), 11.0), (p(-22.0, 0.60, self.z(0.05)), 12.0), (p(-20.0, 0.68, bottom), 11.0)], Vessel, 4.0);
+        put(
+            &[(p(-22.0, 0.52, zc - 80.0), 11.0), (p(-22.0, 0.60, self.z(0.05)), 12.0), (p(-20.0, 0.68, bottom), 11.0)],
+            Vessel,
+            4.0,
+        );
         // Branches of the arch, brachiocephalic veins.
         put(&[(p(-4.0, 0.42, arch), 6.5), (p(-14.0, 0.42, arch + 30.0), 5.8), (p(-26.0, 0.46, top), 4.5)], Vessel, 5.0);
         put(&[(p(6.0, 0.50, arch), 4.2), (p(13.0, 0.46, arch + 30.0), 3.8), (p(20.0, 0.46, top), 3.6)], Vessel, 5.0);
-        put(&[(p(16.0, 0.60, arch), 5.0), (p(25.0, 0.55, arch + 32.0), 4.6), (p(48.0, 0.45, self.z(1.0)), 4.4)], Vessel, 5.0);
-        put(&[(p(-20.0, 0.33, zc + 50.0), 6.5), (p(4.0, 0.28, zc + 58.0), 6.2), (p(28.0, 0.32, zc + 72.0), 6.0)], Vessel, 5.0);
+        put(
+            &[(p(16.0, 0.60, arch), 5.0), (p(25.0, 0.55, arch + 32.0), 4.6), (p(48.0, 0.45, self.z(1.0)), 4.4)],
+            Vessel,
+            5.0,
+        );
+        put(
+            &[(p(-20.0, 0.33, zc + 50.0), 6.5), (p(4.0, 0.28, zc + 58.0), 6.2), (p(28.0, 0.32, zc + 72.0), 6.0)],
+            Vessel,
+            5.0,
+        );
         put(&[(p(-20.0, 0.33, zc + 50.0), 6.5), (p(-30.0, 0.34, zc + 78.0), 6.0)], Vessel, 5.0);
         // Pulmonary trunk and main arteries.
         let pa = d.about(12.5, 1.0, 10.5, 16.0) * size;
         put(
-            &[(p(20.0, 0.24, zc - 50.0), pa * 1.05), (p(20.0, 0.36, zc - 22.0), pa), (p(25.0, 0.50, zc - 8.0), pa * 0.95)],
+            &[
+                (p(20.0, 0.24, zc - 50.0), pa * 1.05),
+                (p(20.0, 0.36, zc - 22.0), pa),
+                (p(25.0, 0.50, zc - 8.0), pa * 0.95),
+            ],
             Vessel,
             4.0,
         );
@@ -459,13 +480,30 @@ impl Anatomy {
             Vessel,
             6.0,
         );
-        put(&[(p(25.0, 0.50, zc - 8.0), pa * 0.85), (p(41.0, 0.61, zc - 7.0), pa * 0.75), (p(47.0, 0.68, zc - 24.0), pa * 0.6)], Vessel, 6.0);
+        put(
+            &[
+                (p(25.0, 0.50, zc - 8.0), pa * 0.85),
+                (p(41.0, 0.61, zc - 7.0), pa * 0.75),
+                (p(47.0, 0.68, zc - 24.0), pa * 0.6),
+            ],
+            Vessel,
+            6.0,
+        );
         // Pulmonary veins into the left atrium.
         for (x, dz) in [(-46.0, -30.0), (-44.0, -58.0), (48.0, -34.0), (46.0, -58.0)] {
             put(&[(p(x * 0.55, 0.60, zc - 40.0), 7.0), (p(x, 0.58, zc + dz), 5.6)], Vessel, 5.0);
         }
         // Azygos vein, and a few lymph nodes of ordinary size.
-        put(&[(spine_front(-9.0, bottom), 3.0), (spine_front(-10.0, zc - 10.0), 4.2), (p(-20.0, 0.6, zc + 8.0), 4.5), (p(-25.0, 0.42, zc + 8.0), 4.5)], Vessel, 4.0);
+        put(
+            &[
+                (spine_front(-9.0, bottom), 3.0),
+                (spine_front(-10.0, zc - 10.0), 4.2),
+                (p(-20.0, 0.6, zc + 8.0), 4.5),
+                (p(-25.0, 0.42, zc + 8.0), 4.5),
+            ],
+            Vessel,
+            4.0,
+        );
         for _ in 0..6 {
             let c = p(d.range(-18.0, 14.0), d.range(0.38, 0.52), zc + d.range(-22.0, 20.0));
             let r = d.range(2.0, 4.0);
@@ -499,9 +537,7 @@ impl Anatomy {
         let a = self.half_width;
         let mut put = |c: V3, r: V3| self.muscles.push(Ellipsoid::upright(c, r));
         let z = |t: f64| (t - 0.5) * self.height;
-        let front = |t: f64| {
-            self.half_depth * (table(&BACK, t) - 2.0 * table(&CAGE_DEPTH, t))
-        };
+        let front = |t: f64| self.half_depth * (table(&BACK, t) - 2.0 * table(&CAGE_DEPTH, t));
         let back = |t: f64| self.half_depth * table(&BACK, t);
         for side in [-1.0, 1.0] {
             // Pectorals, latissimus and serratus, the shoulder, trapezius and rhomboids.
@@ -515,12 +551,9 @@ impl Anatomy {
             put([side * 30.0, back(1.1) - 30.0, z(1.2)], [22.0, 22.0, 60.0]);
         }
         if self.female {
-            let (w, h) = (d.range(42.0, 60.0), d.range(16.0, 42.0) + 0.5 * self.fat);
+            let (w, h) = (d.range(50.0, 68.0), d.range(14.0, 30.0) + 0.4 * self.fat);
             for side in [-1.0, 1.0] {
-                self.breasts.push(Ellipsoid::upright(
-                    [side * 0.58 * a, front(0.44) - 20.0, z(0.44)],
-                    [w, h, w * 1.05],
-                ));
+                self.breasts.push(Ellipsoid::upright([side * 0.62 * a, front(0.44) - 15.0, z(0.44)], [w, h, w * 1.05]));
             }
         }
     }
@@ -564,7 +597,7 @@ impl Anatomy {
         let fat = self.fat;
         let back = self.back_y(z) + 36.0 + 0.55 * fat + 8.0 * self.bulk;
         let front = self.front_y(z) - 15.0 - 0.75 * fat;
-        let a = self.half_width * table(&BODY_WIDTH, t) + 22.0 + 8.0 * self.bulk + fat;
+        let a = self.half_width * table(&BODY_WIDTH, t) + 13.0 + 8.0 * self.bulk + 0.85 * fat;
         let b = 0.5 * (back - front);
         let mut f = squircle(x, p[1] - 0.5 * (front + back), a, b, 0.45);
         for breast in &self.breasts {
@@ -574,7 +607,7 @@ impl Anatomy {
         if p[1] > 0.0 {
             f += 7.0 * exp(-(x / 16.0) * (x / 16.0));
         }
-        f.max(p[1] - self.rest_y())
+        -smin(-f, self.rest_y() - p[1], 24.0)
     }
 
     /// The plane of the table under a supine patient.
@@ -609,7 +642,8 @@ impl Anatomy {
             let r2 = dx * dx / (ax * ax) + dy * dy / (by * by);
             let r = r2.sqrt();
             let drop = self.dome_drop * r2 * r;
-            let slope = 3.0 * self.dome_drop * r * (dx * dx / (ax * ax * ax * ax) + dy * dy / (by * by * by * by)).sqrt();
+            let slope =
+                3.0 * self.dome_drop * r * (dx * dx / (ax * ax * ax * ax) + dy * dy / (by * by * by * by)).sqrt();
             let f = (p[2] - (self.dome_top[i] - drop)) / (1.0 + slope * slope).sqrt().min(4.0);
             best = if i == 0 { f } else { smin(best, f, 12.0) };
         }
@@ -624,13 +658,16 @@ impl Anatomy {
         f
     }
 
+    /// Whether a point lies in the heart or within 2 mm of it.
+    pub(super) fn in_heart(&self, p: V3) -> bool {
+        self.heart(p) < 2.0
+    }
+
     /// Everything between the lungs: the great vessels and airways with the fat that wraps them, heart, spine.
     fn mediastinum(&self, p: V3, heart: f64) -> f64 {
         let mut f = heart - 5.0;
-        for tube in &self.envelope {
-            let (low, high) = if tube.a[2] < tube.b[2] { (tube.a[2], tube.b[2]) } else { (tube.b[2], tube.a[2]) };
-            let reach = tube.ra.max(tube.rb) + 25.0;
-            if p[2] > low - reach && p[2] < high + reach {
+        for (tube, low, high) in &self.envelope {
+            if (0..3).all(|i| p[i] > low[i] && p[i] < high[i]) {
                 f = smin(f, tube.distance(p), 9.0);
             }
         }
@@ -693,18 +730,22 @@ impl Anatomy {
         let ya = self.y(0.62, self.z(0.95));
         let dx = p[0].abs() - xa;
         let dy = p[1] - ya;
-        let apex = (z - (self.z(1.0) - dx * dx / 52.0 - dy * dy / 70.0)) * 0.6;
+        let apex = (z - (self.z(1.0) - dx * dx / 105.0 - dy * dy / 130.0)) * 0.7;
         let floor = self.z(0.0) - z;
-        cage.max(-mediastinum).max(-dome).max(if z > self.z(0.7) { apex } else { -50.0 }).max(floor)
+        cage.max(-mediastinum).max(-dome).max(if z > self.z(0.55) { apex } else { -50.0 }).max(floor)
     }
 
     /// The pleural cavity at a point, without the low-frequency warp.
     pub(super) fn lung(&self, p: V3) -> f64 {
         let cage = self.cage(p);
-        if cage > 20.0 {
+        if cage > 6.0 {
             return cage;
         }
-        self.cavity(p, cage, self.dome(p), self.mediastinum(p, self.heart(p)))
+        let dome = self.dome(p);
+        if dome < -8.0 {
+            return -dome;
+        }
+        self.cavity(p, cage, dome, self.mediastinum(p, self.heart(p)))
     }
 
     /// A slow displacement that breaks the symmetry of the formulas; at most a few millimetres.
@@ -735,21 +776,34 @@ impl Anatomy {
         }
         let dome = self.dome(p);
         let heart = self.heart(p);
-        let mediastinum = self.mediastinum(p, heart);
-        let lung = self.cavity(p, cage, dome, mediastinum);
+        // Outside the cage and deep in the abdomen there is no lung, whatever the mediastinum.
+        let lung = if cage > 6.0 {
+            cage
+        } else if dome < -8.0 {
+            -dome
+        } else {
+            self.cavity(p, cage, dome, self.mediastinum(p, heart))
+        };
         out[field::DOME] = dome as f32;
         // The heart rests on the diaphragm.
         out[field::HEART] = heart.max(-(dome - 3.0)) as f32;
         out[field::LUNG] = lung as f32;
         if dome < 12.0 {
-            let below = dome + 3.0;
-            let wall = cage + 2.5;
+            let below = dome + 1.2;
+            let wall = cage + 1.2;
             let front = self.front_y(p[2]);
-            let liver = (0.8 * p[0] + 0.6 * (p[1] - front) - 66.0).max(below).max(wall);
+            // The left edge of the liver: an oblique, bulging, slightly lobed surface.
+            let depth = p[1] - front;
+            let along = 0.8 * depth - 0.6 * p[0] - 45.0;
+            let lobes =
+                5.0 * f64::from(self.warp.at((p[0] * 0.03) as f32, (p[1] * 0.03) as f32, (p[2] * 0.03 + 9.0) as f32));
+            let low = smoothstep(0.15, -0.25, self.t(p[2])) * 30.0;
+            let liver = (0.8 * p[0] + 0.6 * depth - 60.0 + low + 0.0022 * along * along + lobes).max(below).max(wall);
             let spleen = self.spleen.distance(p).max(below).max(wall);
             out[field::LIVER] = liver as f32;
             out[field::SPLEEN] = spleen as f32;
-            out[field::STOMACH] = self.stomach.distance(p).max(below + 1.0).max(wall).max(3.0 - liver).max(2.0 - spleen) as f32;
+            out[field::STOMACH] =
+                self.stomach.distance(p).max(below + 1.0).max(wall).max(3.0 - liver).max(2.0 - spleen) as f32;
         }
         let (major, minor) = self.fissures(p);
         out[field::MAJOR] = major as f32;

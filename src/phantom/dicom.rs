@@ -311,7 +311,11 @@ impl<'a> DicomSeries<'a> {
         put(tags::REFERRING_PHYSICIAN_NAME, VR::PN, "");
         put(tags::STUDY_DESCRIPTION, VR::LO, "SYNTHETIC CHEST CT");
         let kernel = spec.kernel.as_str();
-        put(tags::SERIES_DESCRIPTION, VR::LO, &format!("PHANTOM CHEST {} {}", ds(spec.spacing_mm), kernel.to_uppercase()));
+        put(
+            tags::SERIES_DESCRIPTION,
+            VR::LO,
+            &format!("PHANTOM CHEST {} {}", ds(spec.spacing_mm), kernel.to_uppercase()),
+        );
         put(tags::MANUFACTURER_MODEL_NAME, VR::LO, "phantom");
         put(tags::PATIENT_NAME, VR::PN, &self.person.name);
         put(tags::PATIENT_ID, VR::LO, &id);
@@ -341,11 +345,7 @@ impl<'a> DicomSeries<'a> {
         put(tags::ACQUISITION_NUMBER, VR::IS, "1");
         put(tags::INSTANCE_NUMBER, VR::IS, &(turn + 1).to_string());
         put(tags::IMAGE_POSITION_PATIENT, VR::DS, &ds_all(&position));
-        put(
-            tags::IMAGE_ORIENTATION_PATIENT,
-            VR::DS,
-            &ds_all(&[row_cosines, column_cosines].concat()),
-        );
+        put(tags::IMAGE_ORIENTATION_PATIENT, VR::DS, &ds_all(&[row_cosines, column_cosines].concat()));
         put(tags::FRAME_OF_REFERENCE_UID, VR::UI, &self.frame_uid);
         put(tags::POSITION_REFERENCE_INDICATOR, VR::LO, "");
         put(tags::SLICE_LOCATION, VR::DS, &ds(location));

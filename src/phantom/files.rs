@@ -12,7 +12,9 @@
 //! [`PNG_WINDOW_CENTER_HU`], [`PNG_WINDOW_WIDTH_HU`] as 0 to 255; masks hold the labels themselves.
 
 use super::math::hash_all;
-use super::{DicomOptions, Phantom, PhantomClass, PhantomError, PhantomSpec, create_dir, generate, text_enum, write_dicom};
+use super::{
+    DicomOptions, Phantom, PhantomClass, PhantomError, PhantomSpec, create_dir, generate, text_enum, write_dicom,
+};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use rayon::prelude::*;
@@ -43,7 +45,13 @@ pub fn affine_ras(phantom: &Phantom) -> [[f64; 4]; 3] {
 }
 
 /// Writes a NIfTI-1 file, gzip-compressed: 348 header bytes, 4 bytes "no extension", voxels with x fastest.
-fn nifti(phantom: &Phantom, path: &Path, datatype: i16, bits: i16, voxels: impl Iterator<Item = u8>) -> Result<(), PhantomError> {
+fn nifti(
+    phantom: &Phantom,
+    path: &Path,
+    datatype: i16,
+    bits: i16,
+    voxels: impl Iterator<Item = u8>,
+) -> Result<(), PhantomError> {
     let spec = &phantom.spec;
     let mut h = [0u8; 352];
     let mut put = |at: usize, bytes: &[u8]| h[at..at + bytes.len()].copy_from_slice(bytes);
@@ -187,7 +195,16 @@ pub struct WriteRequest {
 impl WriteRequest {
     /// A request with the default DICOM options and random shapes.
     pub fn new(out: impl Into<PathBuf>, class: PhantomClass, count: usize, seed: u64, format: Format) -> Self {
-        Self { out: out.into(), class, count, seed, format, shape: None, dicom: DicomOptions::default(), variants: false }
+        Self {
+            out: out.into(),
+            class,
+            count,
+            seed,
+            format,
+            shape: None,
+            dicom: DicomOptions::default(),
+            variants: false,
+        }
     }
 
     /// The spec of case `index`. Case 0 has the request's own seed.
@@ -226,10 +243,7 @@ pub struct CaseProgress {
 }
 
 /// Writes the cases of a request, one after the other (each uses all threads). Existing files are overwritten.
-pub fn write_cases(
-    request: &WriteRequest,
-    progress: &mut dyn FnMut(&CaseProgress),
-) -> Result<Vec<Case>, PhantomError> {
+pub fn write_cases(request: &WriteRequest, progress: &mut dyn FnMut(&CaseProgress)) -> Result<Vec<Case>, PhantomError> {
     if let Some([d, h, w]) = request.shape {
         let fits = (1..=super::MAX_SLICES).contains(&d)
             && (1..=super::MAX_SIDE).contains(&h)
