@@ -185,7 +185,8 @@ pub(super) struct Anatomy {
     breasts: Vec<Ellipsoid>,
     spleen: Ellipsoid,
     stomach: Ellipsoid,
-    envelope: Vec<Tube>,
+    /// Tubes with the fat that wraps them, each with the box outside which it changes nothing.
+    envelope: Vec<(Tube, V3, V3)>,
     /// Great vessels, trachea and the like.
     pub(super) tubes: Vec<(Tube, TubeKind)>,
 }
@@ -243,7 +244,7 @@ impl Anatomy {
         let age_years = d.about(54.0, 15.0, 19.0, 89.0) as u32;
         let size = d.about(if female { 0.95 } else { 1.02 }, 0.05, 0.82, 1.16);
         let height = size * d.about(252.0, 15.0, 205.0, 300.0);
-        let half_width = size * d.about(130.0, 6.0, 112.0, 148.0);
+        let half_width = size * d.about(136.0, 6.0, 118.0, 154.0);
         let half_depth = size * d.about(93.0, 6.0, 76.0, 112.0);
         let fat = d.about(if female { 17.0 } else { 14.0 }, 6.0, 5.0, 36.0);
         let bulk = d.about(if female { 0.9 } else { 1.08 }, 0.13, 0.7, 1.4);
@@ -363,12 +364,16 @@ impl Anatomy {
         };
         let arch = zc + 30.0 * size;
         let mut tubes = Vec::new();
-        let mut envelope: Vec<Tube> = Vec::new();
+        let mut envelope = Vec::new();
         let mut put = |points: &[(V3, f64)], kind: TubeKind, margin: f64| {
             for tube in polyline(points) {
                 tubes.push((tube, kind));
                 if margin > 0.0 {
-                    envelope.push(Tube { ra: tube.ra + margin, rb: tube.rb + margin, ..tube });
+                    let wrapped = Tube { ra: tube.ra + margin, rb: tube.rb + margin, ..tube };
+                    let reach = wrapped.ra.max(wrapped.rb) + 20.0;
+                    let low = [0, 1, 2].map(|i| tube.a[i].min(tube.b[i]) - reach);
+                    let high = [0, 1, 2].map(|i| tube.a[i].max(tube.b[i]) + reach);
+                    envelope.push((wrapped, low, high));
                 }
             }
         };
@@ -546,9 +551,9 @@ impl Anatomy {
             put([side * 30.0, back(1.1) - 30.0, z(1.2)], [22.0, 22.0, 60.0]);
         }
         if self.female {
-            let (w, h) = (d.range(42.0, 60.0), d.range(16.0, 42.0) + 0.5 * self.fat);
+            let (w, h) = (d.range(50.0, 68.0), d.range(14.0, 30.0) + 0.4 * self.fat);
             for side in [-1.0, 1.0] {
-                self.breasts.push(Ellipsoid::upright([side * 0.58 * a, front(0.44) - 20.0, z(0.44)], [w, h, w * 1.05]));
+                self.breasts.push(Ellipsoid::upright([side * 0.62 * a, front(0.44) - 15.0, z(0.44)], [w, h, w * 1.05]));
             }
         }
     }
@@ -592,7 +597,7 @@ impl Anatomy {
         let fat = self.fat;
         let back = self.back_y(z) + 36.0 + 0.55 * fat + 8.0 * self.bulk;
         let front = self.front_y(z) - 15.0 - 0.75 * fat;
-        let a = self.half_width * table(&BODY_WIDTH, t) + 22.0 + 8.0 * self.bulk + fat;
+        let a = self.half_width * table(&BODY_WIDTH, t) + 13.0 + 8.0 * self.bulk + 0.85 * fat;
         let b = 0.5 * (back - front);
         let mut f = squircle(x, p[1] - 0.5 * (front + back), a, b, 0.45);
         for breast in &self.breasts {
@@ -602,7 +607,7 @@ impl Anatomy {
         if p[1] > 0.0 {
             f += 7.0 * exp(-(x / 16.0) * (x / 16.0));
         }
-        f.max(p[1] - self.rest_y())
+        -smin(-f, self.rest_y() - p[1], 24.0)
     }
 
     /// The plane of the table under a supine patient.
@@ -653,13 +658,16 @@ impl Anatomy {
         f
     }
 
+    /// Whether a point lies in the heart or within 2 mm of it.
+    pub(super) fn in_heart(&self, p: V3) -> bool {
+        self.heart(p) < 2.0
+    }
+
     /// Everything between the lungs: the great vessels and airways with the fat that wraps them, heart, spine.
     fn mediastinum(&self, p: V3, heart: f64) -> f64 {
         let mut f = heart - 5.0;
-        for tube in &self.envelope {
-            let (low, high) = if tube.a[2] < tube.b[2] { (tube.a[2], tube.b[2]) } else { (tube.b[2], tube.a[2]) };
-            let reach = tube.ra.max(tube.rb) + 25.0;
-            if p[2] > low - reach && p[2] < high + reach {
+        for (tube, low, high) in &self.envelope {
+            if (0..3).all(|i| p[i] > low[i] && p[i] < high[i]) {
                 f = smin(f, tube.distance(p), 9.0);
             }
         }
@@ -722,18 +730,22 @@ impl Anatomy {
         let ya = self.y(0.62, self.z(0.95));
         let dx = p[0].abs() - xa;
         let dy = p[1] - ya;
-        let apex = (z - (self.z(1.0) - dx * dx / 52.0 - dy * dy / 70.0)) * 0.6;
+        let apex = (z - (self.z(1.0) - dx * dx / 105.0 - dy * dy / 130.0)) * 0.7;
         let floor = self.z(0.0) - z;
-        cage.max(-mediastinum).max(-dome).max(if z > self.z(0.7) { apex } else { -50.0 }).max(floor)
+        cage.max(-mediastinum).max(-dome).max(if z > self.z(0.55) { apex } else { -50.0 }).max(floor)
     }
 
     /// The pleural cavity at a point, without the low-frequency warp.
     pub(super) fn lung(&self, p: V3) -> f64 {
         let cage = self.cage(p);
-        if cage > 20.0 {
+        if cage > 6.0 {
             return cage;
         }
-        self.cavity(p, cage, self.dome(p), self.mediastinum(p, self.heart(p)))
+        let dome = self.dome(p);
+        if dome < -8.0 {
+            return -dome;
+        }
+        self.cavity(p, cage, dome, self.mediastinum(p, self.heart(p)))
     }
 
     /// A slow displacement that breaks the symmetry of the formulas; at most a few millimetres.
@@ -764,17 +776,29 @@ impl Anatomy {
         }
         let dome = self.dome(p);
         let heart = self.heart(p);
-        let mediastinum = self.mediastinum(p, heart);
-        let lung = self.cavity(p, cage, dome, mediastinum);
+        // Outside the cage and deep in the abdomen there is no lung, whatever the mediastinum.
+        let lung = if cage > 6.0 {
+            cage
+        } else if dome < -8.0 {
+            -dome
+        } else {
+            self.cavity(p, cage, dome, self.mediastinum(p, heart))
+        };
         out[field::DOME] = dome as f32;
         // The heart rests on the diaphragm.
         out[field::HEART] = heart.max(-(dome - 3.0)) as f32;
         out[field::LUNG] = lung as f32;
         if dome < 12.0 {
-            let below = dome + 3.0;
-            let wall = cage + 2.5;
+            let below = dome + 1.2;
+            let wall = cage + 1.2;
             let front = self.front_y(p[2]);
-            let liver = (0.8 * p[0] + 0.6 * (p[1] - front) - 66.0).max(below).max(wall);
+            // The left edge of the liver: an oblique, bulging, slightly lobed surface.
+            let depth = p[1] - front;
+            let along = 0.8 * depth - 0.6 * p[0] - 45.0;
+            let lobes =
+                5.0 * f64::from(self.warp.at((p[0] * 0.03) as f32, (p[1] * 0.03) as f32, (p[2] * 0.03 + 9.0) as f32));
+            let low = smoothstep(0.15, -0.25, self.t(p[2])) * 30.0;
+            let liver = (0.8 * p[0] + 0.6 * depth - 60.0 + low + 0.0022 * along * along + lobes).max(below).max(wall);
             let spleen = self.spleen.distance(p).max(below).max(wall);
             out[field::LIVER] = liver as f32;
             out[field::SPLEEN] = spleen as f32;

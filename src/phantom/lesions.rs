@@ -87,7 +87,7 @@ impl Lesions {
             // Alternate sides so that the disease is bilateral, then as it comes.
             let side = if k < 4 { Some(if k % 2 == 0 { -1.0 } else { 1.0 }) } else { None };
             let Some(c) = pick(d, points, |p| side.map_or(true, |s| p[0] * s > 0.0), weight) else { continue };
-            let across = d.range(13.0, 34.0) * size * (0.75 + 0.5 * severity);
+            let across = d.range(15.0, 40.0) * size * (0.75 + 0.5 * severity);
             let deep = across * d.range(0.42, 0.72);
             let normal = an.cage_normal(c);
             let patch = Ellipsoid::along(
@@ -184,12 +184,16 @@ impl Lesions {
                 continue;
             }
             let t = an.t(p[2]);
-            let thick = e.thickness * smoothstep(e.top_t, 0.05, t);
+            // Fluid gathers in the dependent half.
+            let forward = (p[1] - an.front_y(p[2])) / (an.back_y(p[2]) - an.front_y(p[2]));
+            let dependent = if e.gravity > 0.0 { forward } else { 1.0 - forward };
+            let low = smoothstep(0.32, 0.72, dependent);
+            let thick = e.thickness * low * smoothstep(e.top_t, 0.05, t);
             if thick > 0.5 {
-                let moved = an.lung([p[0], p[1] + e.gravity * thick, p[2] - 0.5 * thick]);
+                let moved = an.lung([p[0], p[1] + e.gravity * thick, p[2] - 0.1 * thick]);
                 fluid = fluid.min(lung.max(-moved));
                 // Lung pressed airless along the fluid.
-                let rim = 0.25 * e.thickness.min(24.0) * smoothstep(e.top_t - 0.15, 0.1, t);
+                let rim = 0.25 * e.thickness.min(24.0) * smoothstep(e.top_t - 0.15, 0.1, t) * low;
                 if rim > 0.5 {
                     solid = solid.max(((moved + rim) / rim).clamp(-1.0, 1.0) * 0.6);
                 }

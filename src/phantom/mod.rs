@@ -223,7 +223,7 @@ impl PhantomSpec {
         let spacing_mm: f64 = spacings[d.below(spacings.len())];
         let thickness_mm = if d.chance(0.25) && spacing_mm < 3.0 { spacing_mm * 1.25 } else { spacing_mm };
         let extent = an.height + 62.0;
-        let outline = 2.0 * (1.12 * an.half_width + 22.0 + 8.0 * an.bulk + an.fat);
+        let outline = 2.0 * (1.12 * an.half_width + 13.0 + 8.0 * an.bulk + 0.85 * an.fat);
         let pixel_spacing_mm = ((outline + d.range(5.0, 35.0)) / 512.0).clamp(0.6, 0.9);
         let stages = [Stage::Early, Stage::Progressive, Stage::Progressive, Stage::Peak, Stage::Absorption];
         let stage = stages[d.below(stages.len())];

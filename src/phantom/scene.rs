@@ -196,10 +196,6 @@ impl Scene {
         }
     }
 
-    pub(super) fn anatomy(&self) -> &Anatomy {
-        &self.anatomy
-    }
-
     pub(super) fn scratch(&self) -> Scratch {
         let n = self.spec.rows * self.spec.columns;
         let zero = || vec![0.0f32; n];
@@ -336,8 +332,8 @@ impl Scene {
                     tissue = mix(tissue, 20.0, ((body + 2.2) * 0.9).clamp(0.0, 1.0));
                 } else if cage > -2.0 {
                     // Muscle with streaks of fat between its bundles.
-                    let streak = (1.3 * coarse + 0.7 * fine - 1.25).clamp(0.0, 0.9);
-                    let muscle = cover(get(field::MUSCLE) + 2.2 * fine);
+                    let streak = (1.1 * coarse + 0.9 * fine - 1.7).clamp(0.0, 0.8);
+                    let muscle = cover(get(field::MUSCLE) + 0.9 * fine);
                     tissue = mix(tissue, 54.0 + 5.0 * fine - 110.0 * streak, muscle);
                 }
                 if cage < 2.0 {
@@ -570,6 +566,14 @@ fn plant(seed: u64, an: &Anatomy) -> Trees {
             let (mut airways, mut veins) = (Vec::new(), Vec::new());
             tree::grow(bronchus, way, &mut of(&arterial), &mut d, &mut airways);
             tree::grow(vein, way, &mut of(&venous), &mut d, &mut veins);
+            // Growth knows no walls: what strays through the heart, the chest wall or the diaphragm is not drawn. The
+            // first branches run through the mediastinum and stay; the last ones end in the lung by construction.
+            let strays = |b: &Branch| {
+                let middle = scale(add(b.a, b.b), 0.5);
+                b.leaves > 2 && (an.in_heart(middle) || (b.leaves < 120 && an.lung(middle) > 3.0))
+            };
+            airways.retain(|b| !strays(b));
+            veins.retain(|b| !strays(b));
             (lobe, airways, veins)
         })
         .collect();

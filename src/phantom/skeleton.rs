@@ -133,8 +133,8 @@ fn shoulder(an: &Anatomy, side: f64, out: &mut Vec<Capsule>) {
     let plate = |u: f64, v: f64| {
         // u from the medial to the lateral border, v from the lower angle to the upper border.
         let z = an.z(lerp(0.56, 0.97, v));
-        let medial = lerp(62.0, 44.0, v);
-        let lateral = lerp(70.0, 86.0, v);
+        let medial = lerp(62.0, 46.0, v);
+        let lateral = lerp(65.0, 88.0, v);
         let (s, c) = sin_cos(lerp(medial, lateral, u).to_radians());
         let reference = an.z(lerp(0.56, 0.86, v));
         let q = an.cage_radius(reference, (side * s, c), 19.0 + 7.0 * u);
@@ -215,7 +215,7 @@ pub(super) fn spine(an: &Anatomy, p: V3) -> (f64, SpinePart) {
     // Arch: pedicles in the upper half, laminae, transverse and spinous processes.
     let upper = ((dz - 4.0).abs() - 6.5).max(0.0);
     let pedicle = segment(x, y, (10.0, 12.0 * grown), (12.5, canal_y + 2.0), 3.6);
-    let transverse = segment(x, y, (13.0, canal_y + 3.0), (31.0, canal_y + 13.0), 4.4);
+    let transverse = segment(x, y, (13.0, canal_y + 3.0), (28.0, canal_y + 12.0), 4.0);
     bone = bone.min(limited(pedicle, upper));
     bone = bone.min(limited(transverse, upper));
     let lamina = segment(x, y, (13.0, canal_y + 4.0), (1.0, canal_y + 13.0), 3.4);
@@ -225,7 +225,7 @@ pub(super) fn spine(an: &Anatomy, p: V3) -> (f64, SpinePart) {
     let back = (y - canal_y - 12.0).max(0.0);
     let along = an.vertebra_at(p[2] + 0.75 * back);
     let around = (along - ((along + 64.5) as i64 - 64) as f64).abs() * pitch;
-    let spinous = segment(x, y, (0.0, canal_y + 12.0), (0.0, canal_y + 36.0), 2.8 + 1.4 * smoothstep(20.0, 36.0, back));
+    let spinous = segment(x, y, (0.0, canal_y + 12.0), (0.0, canal_y + 31.0), 2.8 + 1.4 * smoothstep(20.0, 36.0, back));
     let sp = (around - 5.5).max(0.0);
     bone = bone.min(limited(spinous, sp));
     if canal < 0.0 && body > 0.0 {
