@@ -227,6 +227,7 @@ impl Config {
         faults.extend(self.dicom.faults().into_iter().map(|f| format!("dicom: {f}")));
         faults.extend(self.folder.validate());
         faults.extend(self.assembly.validate());
+        faults.extend(self.geometry.faults().into_iter().map(|f| format!("geometry.{f}")));
         faults.extend(self.results.validate());
         faults.extend(self.alert.validate().into_iter().map(|f| format!("alert.{f}")));
         faults.extend(self.webhook.validate().into_iter().map(|f| format!("webhook.{f}")));

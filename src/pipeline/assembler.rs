@@ -122,6 +122,8 @@ struct Job {
     notes: Vec<String>,
     done: Option<Result<Box<Inferred>, Refusal>>,
     sent: bool,
+    /// Started before the series was complete.
+    speculative: bool,
     pending: Option<InferJob>,
 }
 
@@ -412,6 +414,7 @@ impl Assembler {
         let recovered = arrival.association == RECOVERED;
         self.open(&key, &arrival.study, &arrival.header, recovered);
         let now = self.now_ns();
+        let open = self.series.len();
         let series = self.series.get_mut(&key).expect("opened above");
         if arrival.ordinal < series.records {
             return; // read back from the journal already
@@ -443,6 +446,9 @@ impl Assembler {
         }
         if arrival.header.sop_instance_uid < series.header.sop_instance_uid {
             series.header = Arc::clone(&arrival.header); // the same header whatever the order of arrival
+        }
+        if series.revision > 0 && series.published_version == series.version {
+            events::SeriesReopened { series: &key, revision: series.revision, open }.emit();
         }
         series.changed(&key);
         let entry = series.entries.len();
@@ -668,7 +674,15 @@ impl Assembler {
                     slices,
                     cancel: Arc::clone(&cancel),
                 };
-                Job { version, cancel, notes: selection.notes, done: None, sent: false, pending: Some(pending) }
+                Job {
+                    version,
+                    cancel,
+                    notes: selection.notes,
+                    done: None,
+                    sent: false,
+                    speculative: !complete,
+                    pending: Some(pending),
+                }
             }
             Err(refusal) if complete => Job {
                 version,
@@ -676,6 +690,7 @@ impl Assembler {
                 notes: Vec::new(),
                 done: Some(Err(refusal)),
                 sent: true,
+                speculative: false,
                 pending: None,
             },
             Err(_) => return,
@@ -691,7 +706,7 @@ impl Assembler {
         if !series.job.as_ref().is_some_and(|job| job.done.is_some() && job.version == series.version) {
             return;
         }
-        let Some(Job { done: Some(result), notes, version, .. }) = series.job.take() else { return };
+        let Some(Job { done: Some(result), notes, version, speculative, .. }) = series.job.take() else { return };
         if series.revision >= max_revisions {
             if !series.over_bound {
                 series.over_bound = true;
@@ -700,6 +715,9 @@ impl Assembler {
             return;
         }
         series.publishing = Some(version);
+        if speculative {
+            events::SpeculationEnded { series: key, used: true }.emit();
+        }
         let job = PublishJob {
             series: key.clone(),
             study: series.study.clone(),

@@ -233,7 +233,7 @@ impl Daemon {
             Journals::start(&journal_options, &hasher, &arrivals_tx).map_err(io("start the journal threads"))?;
 
         let publishing = publish::Setup::new(config, model, backend_name, &store, &results_dir, observer)?;
-        let (outbox, publisher, renderer) = publishing.start(journals.clone())?;
+        let (outbox, publisher, renderer) = publishing.start(journals.clone(), metrics.clone())?;
         spawn("publish".to_owned(), Box::new(move || Publisher::run(publisher, &publish, &published_tx)))?;
         spawn("render".to_owned(), Box::new(move || renderer.run()))?;
 

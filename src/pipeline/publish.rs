@@ -34,13 +34,15 @@ use crate::resample::cpu::Window;
 use crate::resample::lung::LungReport;
 use crate::store::{NewOutcome, OutboxDraft, OutcomeBody, ResultRecord, Store, StoreError, StoreHandle, unix_ms};
 use crate::telemetry::events::{self, Stage};
-use crate::telemetry::{StudyHash, incidents};
+use crate::telemetry::{MetricsHandle, StudyHash, incidents};
 use crate::volume::refusal::{Reason, Refusal};
 
 /// Pictures waiting to be made; a further one is not made and counted (its result stands all the same).
 const RENDER_QUEUE: usize = 32;
 /// How often old data is looked for.
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
+/// How often the metrics recorder folds its samples.
+const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Sharpness of a reconstruction kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -252,7 +254,11 @@ impl Setup {
     ///
     /// # Errors
     /// The store cannot be opened, or a thread cannot be made.
-    pub fn start(self, journals: Journals) -> Result<(Arc<Outbox>, Publisher, Renderer), StartError> {
+    pub fn start(
+        self,
+        journals: Journals,
+        metrics: MetricsHandle,
+    ) -> Result<(Arc<Outbox>, Publisher, Renderer), StartError> {
         let outbox = Outbox::start(&self.store, self.sinks, &self.outbox, Arc::new(SystemClock))
             .map_err(|e| StartError::Sink(e.to_string()))?;
         let outbox = Arc::new(outbox);
@@ -266,6 +272,7 @@ impl Setup {
             input_dhw: self.input_dhw,
             model: self.model.clone(),
             store: self.store.handle()?,
+            metrics,
             results_dir: self.results_dir.clone(),
             series_dir: self.series_dir,
             retention_days: self.retention_days,
@@ -602,6 +609,7 @@ pub struct Renderer {
     input_dhw: [usize; 3],
     model: ModelInfo,
     store: StoreHandle,
+    metrics: MetricsHandle,
     results_dir: PathBuf,
     series_dir: PathBuf,
     retention_days: u32,
@@ -616,7 +624,8 @@ impl Renderer {
                 self.remove_old();
                 kept = Some(Instant::now());
             }
-            match self.jobs.recv_timeout(HOUSEKEEPING) {
+            self.metrics.upkeep();
+            match self.jobs.recv_timeout(UPKEEP) {
                 Ok(job) => self.render(&job),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
