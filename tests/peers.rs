@@ -28,9 +28,8 @@ fn dcmsend_pushes_a_series_and_gets_a_result() {
     let dcmsend = require("dcmsend", DCMTK);
     let series = chest_series();
     let daemon = Daemon::start("");
-    let (code, out, err) = run(Command::new(dcmsend)
-        .args(["--aec", "DARNET", "127.0.0.1", daemon.dicom_port(), "--no-uid-checks"])
-        .args(&series.files));
+    let (code, out, err) =
+        run(Command::new(dcmsend).args(["-aec", "DARNET", "127.0.0.1", daemon.dicom_port()]).args(&series.files));
     assert_eq!(code, 0, "{out}{err}");
     expect_one_result(&daemon, &series, "dcmsend");
 }

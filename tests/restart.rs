@@ -117,7 +117,7 @@ fn a_webhook_is_repeated_after_failure_and_restart_under_one_key() {
     let secret = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(secret.path(), "a shared secret of the hospital\n").unwrap();
     let daemon = Daemon::start(&format!(
-        "[assembly]\ngrace_ms = 200\n[alert]\nonly_alerts = false\n[outbox]\nfirst_retry_ms = 300\n[[webhook]]\nname = \"ris\"\nurl = \"http://{address}/hook\"\nsecret_file = {:?}\n",
+        "[assembly]\ngrace_ms = 200\n[outbox]\nbackoff_first_ms = 300\n[webhook]\nurl = \"http://{address}/hook\"\nsecret_file = {:?}\n",
         secret.path().display().to_string()
     ));
     push(&daemon, &series.files);

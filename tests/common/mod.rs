@@ -200,11 +200,18 @@ impl Daemon {
     pub fn results(&self) -> Vec<Value> {
         let (status, body) = self.get("/api/results");
         assert_eq!(status, 200, "{body}");
-        match serde_json::from_str(&body).unwrap() {
-            Value::Array(list) => list,
-            Value::Object(mut map) => map.remove("results").and_then(|v| v.as_array().cloned()).unwrap_or_default(),
-            other => panic!("unexpected {other}"),
-        }
+        let document: Value = serde_json::from_str(&body).unwrap();
+        let list = document["results"].as_array().unwrap_or_else(|| panic!("no list of results: {body}"));
+        // The report of the series beside what is said of the publication, so that tests read one level.
+        list.iter()
+            .map(|result| {
+                let mut flat = result.as_object().unwrap().clone();
+                if let Some(Value::Object(report)) = flat.remove("report") {
+                    flat.extend(report);
+                }
+                Value::Object(flat)
+            })
+            .collect()
     }
 
     /// Waits until `count` outcomes are there.
