@@ -211,7 +211,12 @@ fn dciodvfy_finds_no_error() {
         let report = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
         assert!(report.contains("CTImage"), "not recognised as a CT image: {report}");
         assert!(!report.contains("Error"), "{options:?}\n{report}");
-        assert!(!report.contains("Warning"), "{options:?}\n{report}");
+        // NumberOfSeriesRelatedInstances in an image is an extension of the IOD, which the standard allows.
+        let warnings = report.lines().filter(|l| l.contains("Warning"));
+        let extension = |l: &str| l.contains("(0x0020,0x1209)") || l.contains("Standard Extended SOP Class");
+        for line in warnings {
+            assert!(options.declare_count && extension(line), "{options:?}\n{report}");
+        }
     }
 }
 

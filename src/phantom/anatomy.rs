@@ -6,6 +6,7 @@
 
 use super::math::{Draw, Pose, V3, add, cross, dot, exp, lerp, norm, pow, scale, smin, smoothstep, sub, table, unit};
 use super::noise::Tile3;
+use std::sync::OnceLock;
 
 /// A straight, tapering, round tube.
 #[derive(Clone, Copy, Debug)]
@@ -136,8 +137,9 @@ pub(super) mod field {
     pub(in super::super) const BODY: usize = 0;
     pub(in super::super) const MUSCLE: usize = 1;
     pub(in super::super) const CAGE: usize = 2;
-    /// The pleural cavity: lung with whatever fills it.
-    pub(in super::super) const LUNG: usize = 3;
+    /// What bounds the pleural cavity besides [`CAGE`] and [`DOME`]; the cavity is where all three allow it. They are
+    /// kept apart since the recess between cage and diaphragm is thinner than the grid is fine.
+    pub(in super::super) const INNER: usize = 3;
     /// Positive above the diaphragm.
     pub(in super::super) const DOME: usize = 4;
     pub(in super::super) const HEART: usize = 5;
@@ -176,7 +178,9 @@ pub(super) struct Anatomy {
     dome_drop: f64,
     squareness: f64,
     scoliosis: f64,
-    warp: Tile3,
+    warp_seed: u64,
+    /// Made when first needed: most users of an anatomy only want its numbers.
+    warp: OnceLock<Tile3>,
     fissure_z: f64,
     fissure_slope: f64,
     minor_z: f64,
@@ -237,7 +241,7 @@ const BODY_WIDTH: [(f64, f64); 11] = [
 ];
 
 impl Anatomy {
-    /// The patient of `seed`; `gravity` is +1 supine and -1 prone (only contents that flow look at it).
+    /// The patient of `seed`.
     pub(super) fn new(seed: u64) -> Self {
         let mut d = Draw::new(seed, 1);
         let female = d.chance(0.47);
@@ -260,7 +264,7 @@ impl Anatomy {
         let heart_scale = size * d.about(1.0, 0.08, 0.85, 1.25);
         let turn = d.range(-0.15, 0.15);
         let scoliosis = 5.0 * d.bell();
-        let warp = Tile3::new(d.bits());
+        let warp_seed = d.bits();
 
         let mut this = Self {
             female,
@@ -279,7 +283,8 @@ impl Anatomy {
             dome_drop: height * d.range(0.27, 0.34),
             squareness: d.range(0.25, 0.5),
             scoliosis,
-            warp,
+            warp_seed,
+            warp: OnceLock::new(),
             fissure_z: 0.0,
             fissure_slope: d.range(0.75, 0.95),
             minor_z: 0.0,
@@ -722,8 +727,8 @@ impl Anatomy {
         }
     }
 
-    /// The pleural cavity from the fields it is cut from.
-    fn cavity(&self, p: V3, cage: f64, dome: f64, mediastinum: f64) -> f64 {
+    /// What bounds the pleural cavity besides the cage and the diaphragm: mediastinum, apex, floor.
+    fn inner(&self, p: V3, mediastinum: f64) -> f64 {
         // Each apex is a small dome of its own.
         let z = p[2];
         let xa = 0.31 * self.half_width;
@@ -732,7 +737,7 @@ impl Anatomy {
         let dy = p[1] - ya;
         let apex = (z - (self.z(1.0) - dx * dx / 105.0 - dy * dy / 130.0)) * 0.7;
         let floor = self.z(0.0) - z;
-        cage.max(-mediastinum).max(-dome).max(if z > self.z(0.55) { apex } else { -50.0 }).max(floor)
+        (-mediastinum).max(if z > self.z(0.55) { apex } else { -50.0 }).max(floor)
     }
 
     /// The pleural cavity at a point, without the low-frequency warp.
@@ -745,14 +750,18 @@ impl Anatomy {
         if dome < -8.0 {
             return -dome;
         }
-        self.cavity(p, cage, dome, self.mediastinum(p, self.heart(p)))
+        cage.max(-dome).max(self.inner(p, self.mediastinum(p, self.heart(p))))
+    }
+
+    fn warp(&self) -> &Tile3 {
+        self.warp.get_or_init(|| Tile3::new(self.warp_seed))
     }
 
     /// A slow displacement that breaks the symmetry of the formulas; at most a few millimetres.
     fn warped(&self, p: V3) -> V3 {
         let s = 1.0 / 22.0;
         let q = p.map(|v| (v * s) as f32);
-        let w = |dx: f32| f64::from(self.warp.at(q[0] + dx, q[1], q[2]));
+        let w = |dx: f32| f64::from(self.warp().at(q[0] + dx, q[1], q[2]));
         [p[0] + 1.3 * w(0.0), p[1] + 1.3 * w(21.3), p[2] + 1.3 * w(42.7)]
     }
 
@@ -776,18 +785,14 @@ impl Anatomy {
         }
         let dome = self.dome(p);
         let heart = self.heart(p);
-        // Outside the cage and deep in the abdomen there is no lung, whatever the mediastinum.
-        let lung = if cage > 6.0 {
-            cage
-        } else if dome < -8.0 {
-            -dome
-        } else {
-            self.cavity(p, cage, dome, self.mediastinum(p, heart))
-        };
+        // Far outside the cage and deep in the abdomen there is no lung, whatever the mediastinum.
+        let far = cage > 14.0 || dome < -14.0;
+        let inner = if far { 0.0 } else { self.inner(p, self.mediastinum(p, heart)) };
+        let lung = cage.max(-dome).max(inner);
         out[field::DOME] = dome as f32;
         // The heart rests on the diaphragm.
         out[field::HEART] = heart.max(-(dome - 3.0)) as f32;
-        out[field::LUNG] = lung as f32;
+        out[field::INNER] = inner as f32;
         if dome < 12.0 {
             let below = dome + 1.2;
             let wall = cage + 1.2;
@@ -796,7 +801,7 @@ impl Anatomy {
             let depth = p[1] - front;
             let along = 0.8 * depth - 0.6 * p[0] - 45.0;
             let lobes =
-                5.0 * f64::from(self.warp.at((p[0] * 0.03) as f32, (p[1] * 0.03) as f32, (p[2] * 0.03 + 9.0) as f32));
+                5.0 * f64::from(self.warp().at((p[0] * 0.03) as f32, (p[1] * 0.03) as f32, (p[2] * 0.03 + 9.0) as f32));
             let low = smoothstep(0.15, -0.25, self.t(p[2])) * 30.0;
             let liver = (0.8 * p[0] + 0.6 * depth - 60.0 + low + 0.0022 * along * along + lobes).max(below).max(wall);
             let spleen = self.spleen.distance(p).max(below).max(wall);

@@ -91,7 +91,7 @@ impl DicomOptions {
 
     pub(super) fn checked_acquisition(&self) -> Result<Acquisition, PhantomError> {
         let fail = |option, expected, got: String| Err(PhantomError::Option { option, expected, got });
-        if !(self.tilt_deg.abs() <= MAX_TILT_DEG) {
+        if self.tilt_deg.is_nan() || self.tilt_deg.abs() > MAX_TILT_DEG {
             return fail("tilt_deg", "-30 to 30", self.tilt_deg.to_string());
         }
         if !(12..=16).contains(&self.bits_stored) || (self.signed && self.bits_stored != 16) {

@@ -86,7 +86,7 @@ impl Lesions {
         for k in 0..count {
             // Alternate sides so that the disease is bilateral, then as it comes.
             let side = if k < 4 { Some(if k % 2 == 0 { -1.0 } else { 1.0 }) } else { None };
-            let Some(c) = pick(d, points, |p| side.map_or(true, |s| p[0] * s > 0.0), weight) else { continue };
+            let Some(c) = pick(d, points, |p| side.is_none_or(|s: f64| p[0] * s > 0.0), weight) else { continue };
             let across = d.range(15.0, 40.0) * size * (0.75 + 0.5 * severity);
             let deep = across * d.range(0.42, 0.72);
             let normal = an.cage_normal(c);
@@ -120,7 +120,7 @@ impl Lesions {
         prone: bool,
     ) {
         self.ground_glass_hu = d.range(230.0, 360.0) as f32;
-        self.ragged = 0.32;
+        self.ragged = 0.27;
         let lobes = [
             Lobe::RightLower,
             Lobe::LeftLower,
@@ -187,7 +187,7 @@ impl Lesions {
             // Fluid gathers in the dependent half.
             let forward = (p[1] - an.front_y(p[2])) / (an.back_y(p[2]) - an.front_y(p[2]));
             let dependent = if e.gravity > 0.0 { forward } else { 1.0 - forward };
-            let low = smoothstep(0.32, 0.72, dependent);
+            let low = smoothstep(0.32, 0.72, dependent) * smoothstep(14.0, 40.0, p[0].abs());
             let thick = e.thickness * low * smoothstep(e.top_t, 0.05, t);
             if thick > 0.5 {
                 let moved = an.lung([p[0], p[1] + e.gravity * thick, p[2] - 0.1 * thick]);

@@ -425,7 +425,7 @@ fn scene_of(spec: &PhantomSpec, acquisition: &Acquisition) -> Scene {
 struct Person {
     female: bool,
     age_years: u32,
-    /// The folder of the files a case is written to never holds more than this.
+    /// PatientName: says that there is no such person.
     name: String,
 }
 

@@ -30,25 +30,23 @@ fn gaussian(sigma: f64) -> Vec<f32> {
     taps.iter().map(|t| (t / sum) as f32).collect()
 }
 
-/// Convolves a periodic line of samples `stride` apart.
-fn filter_line(data: &[f32], start: usize, stride: usize, n: usize, taps: &[f32], out: &mut [f32]) {
-    let radius = taps.len() / 2;
-    for (i, o) in out.iter_mut().enumerate().take(n) {
-        let mut sum = 0.0;
-        let first = i + n * (radius / n + 1) - radius;
-        for (k, &t) in taps.iter().enumerate() {
-            sum += t * data[start + (first + k) % n * stride];
-        }
-        *o = sum;
-    }
-}
-
+/// Convolves periodic lines of `n` samples, `stride` apart, in place.
 fn filter_axis(data: &mut [f32], starts: impl Iterator<Item = usize>, stride: usize, n: usize, taps: &[f32]) {
-    let mut line = vec![0.0f32; n];
+    let radius = taps.len() / 2;
+    // The line with `radius` samples of its continuation at both ends.
+    let mut line = vec![0.0f32; n + 2 * radius];
+    let first = n - radius % n;
     for start in starts {
-        filter_line(data, start, stride, n, taps, &mut line);
-        for (i, &v) in line.iter().enumerate() {
-            data[start + i * stride] = v;
+        let mut from = first % n;
+        for v in line.iter_mut() {
+            *v = data[start + from * stride];
+            from += 1;
+            if from == n {
+                from = 0;
+            }
+        }
+        for (i, window) in line.windows(taps.len()).enumerate() {
+            data[start + i * stride] = window.iter().zip(taps).map(|(v, t)| v * t).sum();
         }
     }
 }

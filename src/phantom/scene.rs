@@ -319,7 +319,7 @@ impl Scene {
                 continue;
             }
             let cage = get(field::CAGE);
-            let lung = get(field::LUNG);
+            let lung = cage.max(-get(field::DOME)).max(get(field::INNER));
             let mut lung_part = 0.0;
             let (mut glass, mut solid, mut fluid) = (0.0, 0.0, 0.0);
             // Soft tissues, from the skin inwards; deep in the lung none of them shows.
@@ -486,8 +486,10 @@ impl Scene {
                 let x = (c as f32 - 0.5 * n as f32) * pitch;
                 // More photons are lost on the way through the middle, and across the shoulders.
                 let centre = (1.0 - (x * x + 1.6 * y * y) * (1.0 / 32_000.0)).max(0.0);
-                let gain = sigma * (0.72 + 0.5 * centre) * (1.0 + 0.7 * shoulders);
-                let v = s.hu[i] + gain * (s.noise[c] + shoulders * (0.2 + 0.7 * centre) * s.streak[c]);
+                // Less of it shows in the air round the body.
+                let air = if s.hu[i] < -940.0 { 0.5 } else { 1.0 };
+                let gain = air * sigma * (0.72 + 0.5 * centre) * (1.0 + 0.7 * shoulders);
+                let v = s.hu[i] + gain * (s.noise[c] + air * shoulders * (0.1 + 0.8 * centre) * s.streak[c]);
                 // Rounding to nearest by truncation of a positive number.
                 hu[i] = ((v + 2048.5).clamp(1024.0, 5119.0) as i32 - 2048) as i16;
                 let inside = s.lung[i] > 0.5;
