@@ -404,7 +404,7 @@ mod tests {
         input[7] = f32::INFINITY;
         let error = session.run(&input, &cancel, &mut out).unwrap_err();
         assert_eq!(error, EngineError::InputValue { index: 7 });
-        input[7] = f32::MAX;
+        input.fill(f32::MAX);
         let error = session.run(&input, &cancel, &mut out).unwrap_err();
         assert_eq!(error, EngineError::NotFinite);
     }
