@@ -320,7 +320,8 @@ mod tests {
 
     #[test]
     fn each_field_out_of_range_is_named() {
-        let faults: [(&str, fn(&mut Manifest)); 12] = [
+        type Edit = fn(&mut Manifest);
+        let faults: [(&str, Edit); 12] = [
             ("schema", |m| m.schema = "darnet.model/2".into()),
             ("id", |m| m.id = "a/b".into()),
             ("trained_on", |m| m.trained_on.clear()),

@@ -359,7 +359,7 @@ impl Assembler {
                 entries: Vec::new(),
                 by_sop: HashMap::new(),
                 grids: Vec::new(),
-                completion: Completion::new(self.options.completion.clone(), self.now_ns()),
+                completion: Completion::new(self.options.completion, self.now_ns()),
                 recovered_open: recovered,
                 in_flight: 0,
                 repeats: Vec::new(),
@@ -790,7 +790,7 @@ impl Series {
                 volume: Arc::clone(&self.grids[grid].volume),
                 slot,
                 plane: entry.plane.clone(),
-                lung: lung.clone(),
+                lung: *lung,
             });
         }
         Ok((selection, slices))

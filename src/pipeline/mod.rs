@@ -177,7 +177,7 @@ impl Daemon {
         }
         let hasher = StudyHasher::load_or_create(&data_dir.join("hash.key"))?;
         let store = Store::open(&data_dir.join("darnet.sqlite"))?;
-        let options = EngineOptions { threads: config.model.threads, ..EngineOptions::default() };
+        let options = EngineOptions { threads: config.model.threads };
         let backend = prepare(config.model.backend, model, &options)?;
         let backend_name = backend.name();
         let backend_note = backend.note().map(str::to_owned);
@@ -216,7 +216,7 @@ impl Daemon {
         let judge = judge(model, backend.as_ref())?;
         let window = judge.window();
         for n in 0..or_cores(config.assembly.resample_threads) {
-            let (jobs, back, pool, window) = (resample.clone(), decoded_tx.clone(), pool.clone(), window.clone());
+            let (jobs, back, pool) = (resample.clone(), decoded_tx.clone(), pool.clone());
             spawn(format!("resample-{n}"), Box::new(move || workers::resample_worker(&jobs, &back, &pool, &window)))?;
         }
         drop((resample, decoded_tx));

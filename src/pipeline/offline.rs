@@ -352,6 +352,9 @@ fn judge_loaded(
     Judgement { series, result, slices, notes, decode_s, resample_s: started.elapsed().as_secs_f64() }
 }
 
+/// Rows, columns and HU of an image slice.
+type Grey = (u32, u32, Vec<i16>);
+
 fn undecodable(detail: impl std::fmt::Display) -> Refusal {
     Refusal::new(Reason::Undecodable, detail.to_string())
 }
@@ -464,7 +467,7 @@ fn load_images(
     }
     let low = preprocessing.window_center_hu - preprocessing.window_width_hu / 2.0;
     let width = preprocessing.window_width_hu;
-    let decoded: Vec<Result<(u32, u32, Vec<i16>), Refusal>> = files
+    let decoded: Vec<Result<Grey, Refusal>> = files
         .par_iter()
         .map(|path| {
             let mut reader = image::ImageReader::open(path)

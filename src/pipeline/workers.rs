@@ -347,7 +347,7 @@ fn infer_one(judge: &mut Judge, job: &InferJob) -> Result<Option<Box<Inferred>>,
         hu.push(slot_pixels(&slice.volume, slice.slot)?);
     }
     let planes: Vec<Option<&[f32]>> = job.slices.iter().map(|s| s.plane.as_ref().map(|p| p.values())).collect();
-    let lung: Vec<SliceLung> = job.slices.iter().map(|s| s.lung.clone()).collect();
+    let lung: Vec<SliceLung> = job.slices.iter().map(|s| s.lung).collect();
     let volume = VolumeToJudge { stack: &job.stack, hu: &hu, planes: &planes, lung: &lung, cancel: &job.cancel };
     let Some(judged) = judge.judge(&volume)? else { return Ok(None) };
     events::StageTimed { stage: Stage::Resample, took: Duration::from_secs_f64(judged.gather_s) }.emit();
