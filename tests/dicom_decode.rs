@@ -50,7 +50,7 @@ fn every_lossless_encoding_of_one_slice_gives_the_same_hu_and_header() {
         let (other, hu) = decode(&dir.join(format!("lidc0350.{name}.dcm"))).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(hu == expected, "{name}");
         assert_eq!(other.geometry, header.geometry, "{name}");
-        assert_eq!(other.sop_instance_uid, header.sop_instance_uid, "{name}");
+        assert_eq!(other.series_instance_uid, header.series_instance_uid, "{name}");
     }
 }
 
@@ -85,11 +85,11 @@ fn the_nema_slices_decode_alike_in_each_lossless_codec() {
             let (_, hu) = decode(&dir.join(format!("wg04_{slice}_{codec}.dcm"))).unwrap();
             assert!(hu == expected, "{slice} {codec}");
         }
-        // Irreversible JPEG 2000: near, not equal.
+        // Irreversible JPEG 2000: near, not equal. It blurs the padding value too, so all below air counts as air.
         let (_, lossy) = decode(&dir.join(format!("wg04_{slice}_J2KI.dcm"))).unwrap();
-        let mean: f64 =
-            lossy.iter().zip(&expected).map(|(a, b)| f64::from((i32::from(*a) - i32::from(*b)).abs())).sum();
-        let mean = mean / expected.len() as f64;
+        let air = |v: &i16| i32::from((*v).max(-1024));
+        let sum: i64 = lossy.iter().zip(&expected).map(|(a, b)| i64::from((air(a) - air(b)).abs())).sum();
+        let mean = sum as f64 / expected.len() as f64;
         assert!(mean < 60.0, "lossy {slice} differs by {mean} HU on average");
     }
 }

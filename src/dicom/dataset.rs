@@ -271,9 +271,9 @@ impl<'a> PixelData<'a> {
     }
 }
 
-impl Element<'_> {
+impl<'a> Element<'a> {
     /// The value without padding, byte for byte.
-    pub fn trimmed(&self) -> &[u8] {
+    pub fn trimmed(&self) -> &'a [u8] {
         let mut v = self.value;
         while let [rest @ .., b' ' | 0] = v {
             v = rest;
