@@ -165,11 +165,10 @@ fn mutated_compressed_slices_never_panic() {
             if round % 3 == 2 {
                 bytes.truncate(next(bytes.len()));
             }
-            if let Ok(header) = parse_header(&bytes, &part.transfer_syntax_uid) {
-                if header.pixel_fault.is_none() {
-                    let mut out = vec![0; (header.rows * header.columns) as usize];
-                    let _ = PixelDecoder::new().decode_hu(&bytes, &part.transfer_syntax_uid, &header, &mut out);
-                }
+            let Ok(header) = parse_header(&bytes, &part.transfer_syntax_uid) else { continue };
+            if header.pixel_fault.is_none() {
+                let mut out = vec![0; (header.rows * header.columns) as usize];
+                let _ = PixelDecoder::new().decode_hu(&bytes, &part.transfer_syntax_uid, &header, &mut out);
             }
         }
     }
