@@ -50,7 +50,7 @@ fn every_lossless_encoding_of_one_slice_gives_the_same_hu_and_header() {
         let (other, hu) = decode(&dir.join(format!("lidc0350.{name}.dcm"))).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(hu == expected, "{name}");
         assert_eq!(other.geometry, header.geometry, "{name}");
-        assert_eq!(other.sop_instance_uid, header.sop_instance_uid, "{name}");
+        assert_eq!(other.series_instance_uid, header.series_instance_uid, "{name}");
     }
 }
 
@@ -65,7 +65,9 @@ fn jpeg_ls_decodes_with_its_feature_and_is_refused_clearly_without() {
             let lossless = decode(&dir.join(format!("wg04_{slice}_RLE.dcm"))).unwrap().1;
             assert!(decode(&dir.join(format!("wg04_{slice}_JLSL.dcm"))).unwrap().1 == lossless, "{slice}");
             let near = decode(&dir.join(format!("wg04_{slice}_JLSN.dcm"))).unwrap().1;
-            let worst = near.iter().zip(&lossless).map(|(a, b)| (i32::from(*a) - i32::from(*b)).abs()).max();
+            // Near-lossless misses the padding value, so all below air counts as air.
+            let air = |v: &i16| i32::from((*v).max(-1024));
+            let worst = near.iter().zip(&lossless).map(|(a, b)| (air(a) - air(b)).abs()).max();
             assert!(worst.unwrap() <= 16, "near-lossless {slice} differs by {worst:?}");
         }
     } else {
@@ -85,11 +87,11 @@ fn the_nema_slices_decode_alike_in_each_lossless_codec() {
             let (_, hu) = decode(&dir.join(format!("wg04_{slice}_{codec}.dcm"))).unwrap();
             assert!(hu == expected, "{slice} {codec}");
         }
-        // Irreversible JPEG 2000: near, not equal.
+        // Irreversible JPEG 2000: near, not equal. It blurs the padding value too, so all below air counts as air.
         let (_, lossy) = decode(&dir.join(format!("wg04_{slice}_J2KI.dcm"))).unwrap();
-        let mean: f64 =
-            lossy.iter().zip(&expected).map(|(a, b)| f64::from((i32::from(*a) - i32::from(*b)).abs())).sum();
-        let mean = mean / expected.len() as f64;
+        let air = |v: &i16| i32::from((*v).max(-1024));
+        let sum: i64 = lossy.iter().zip(&expected).map(|(a, b)| i64::from((air(a) - air(b)).abs())).sum();
+        let mean = sum as f64 / expected.len() as f64;
         assert!(mean < 60.0, "lossy {slice} differs by {mean} HU on average");
     }
 }
@@ -165,11 +167,10 @@ fn mutated_compressed_slices_never_panic() {
             if round % 3 == 2 {
                 bytes.truncate(next(bytes.len()));
             }
-            if let Ok(header) = parse_header(&bytes, &part.transfer_syntax_uid) {
-                if header.pixel_fault.is_none() {
-                    let mut out = vec![0; (header.rows * header.columns) as usize];
-                    let _ = PixelDecoder::new().decode_hu(&bytes, &part.transfer_syntax_uid, &header, &mut out);
-                }
+            let Ok(header) = parse_header(&bytes, &part.transfer_syntax_uid) else { continue };
+            if header.pixel_fault.is_none() {
+                let mut out = vec![0; (header.rows * header.columns) as usize];
+                let _ = PixelDecoder::new().decode_hu(&bytes, &part.transfer_syntax_uid, &header, &mut out);
             }
         }
     }

@@ -464,7 +464,8 @@ fn a_pdu_that_claims_4_gb_before_and_within_an_association_is_refused_at_once() 
     let mut raw = Raw::associate(server.local_addr());
     raw.bytes(&[4, 0, 0xff, 0xff, 0xff, 0xff]);
     raw.expect_abort();
-    recorder.wait("the faults", |_| recorder.protocol_errors().len() == 4);
+    let faults = |s: &Seen| s.events.iter().filter(|e| matches!(e, ScpEvent::ProtocolError { .. })).count();
+    recorder.wait("the faults", |s| faults(s) == 4);
     let errors = recorder.protocol_errors();
     for kind in ["association_request_too_large", "pdu_before_association", "not_dicom", "pdu_too_large"] {
         assert!(errors.contains(&kind), "{errors:?}");

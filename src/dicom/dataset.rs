@@ -315,7 +315,7 @@ impl<'a> Element<'a> {
             }
             return Some(count);
         }
-        if self.value.len() % width != 0 {
+        if !self.value.len().is_multiple_of(width) {
             return None;
         }
         for (chunk, slot) in self.value.chunks_exact(width).zip(out.iter_mut()) {

@@ -786,10 +786,10 @@ mod tests {
         ) {
             let mut b = Builder::ct(8, 8);
             match ts {
-                RLE => drop(b.fragments(&[rle_frame(&[vec![1; 64], (0..64).collect()])])),
-                syntax::JPEG_LOSSLESS_SV1 | syntax::JPEG_LS_LOSSLESS => drop(b.fragments(&[vec![
-                    0xff, 0xd8, 0xff, 0xc3, 0, 11, 12, 0, 8, 0, 8, 1, 1, 0x11, 0, 0xff, 0xda, 0, 8, 1, 1, 0, 1, 0, 0]])),
-                syntax::JPEG_2000 => drop(b.fragments(&[vec![0xff, 0x4f, 0xff, 0x51, 0, 41, 0, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]])),
+                RLE => _ = b.fragments(&[rle_frame(&[vec![1; 64], (0..64).collect()])]),
+                syntax::JPEG_LOSSLESS_SV1 | syntax::JPEG_LS_LOSSLESS => _ = b.fragments(&[vec![
+                    0xff, 0xd8, 0xff, 0xc3, 0, 11, 12, 0, 8, 0, 8, 1, 1, 0x11, 0, 0xff, 0xda, 0, 8, 1, 1, 0, 1, 0, 0]]),
+                syntax::JPEG_2000 => _ = b.fragments(&[vec![0xff, 0x4f, 0xff, 0x51, 0, 41, 0, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]]),
                 _ => {}
             }
             let mut bytes = b.encode(ts);
