@@ -156,7 +156,7 @@ fn the_full_size_cpu_backend_matches_pytorch() {
     let cancel = Arc::new(CancelToken::new());
     let other = Arc::clone(&cancel);
     let canceller = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(200));
+        std::thread::sleep(Duration::from_millis(50));
         other.cancel();
         Instant::now()
     });
@@ -165,6 +165,33 @@ fn the_full_size_cpu_backend_matches_pytorch() {
     assert_eq!(error, EngineError::Cancelled);
     println!("cancelled run ended after {:.1} ms", late.as_secs_f64() * 1e3);
     assert!(late < Duration::from_secs(2), "{late:?}; 50 ms on an idle machine");
+}
+
+/// Prints what the README quotes. `cargo test --release --test network -- --ignored --nocapture measure`
+#[test]
+#[ignore = "a measurement, not a check; meant for a release build"]
+fn measure_the_full_size_cpu_backend() {
+    let architecture = Architecture::full();
+    let model = Model::synthetic("full", &architecture, 2026).unwrap();
+    let input = synthetic::volume(architecture.input_dhw, 2026);
+    for threads in [2, 1] {
+        let start = Instant::now();
+        let backend = prepare(BackendKind::Cpu, &model, &EngineOptions { threads }).unwrap();
+        let mut session = backend.session().unwrap();
+        let prepared = start.elapsed().as_secs_f64();
+        let mut out = Inference::default();
+        let mut seconds = [0.0; 3];
+        for second in &mut seconds {
+            let start = Instant::now();
+            session.run(&input, &CancelToken::new(), &mut out).unwrap();
+            *second = start.elapsed().as_secs_f64();
+        }
+        let best = seconds.iter().copied().fold(f64::INFINITY, f64::min);
+        let rate = architecture.macs() as f64 / best * 1e-9;
+        println!("{threads} threads: prepare {prepared:.2} s, runs {seconds:.2?} s, best {rate:.1} G multiply-adds/s");
+        let mib = |bytes: usize| bytes >> 20;
+        println!("weights {} MiB, session {} MiB", mib(backend.weight_bytes()), mib(backend.session_bytes()));
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! The blocking depends on the architecture alone, never on threads or machine, so that every sum is taken in one order.
 
 use super::arena::ArenaLengths;
-use super::kernels::{Padded, STEM_TAPS};
+use super::kernels::{Padded, STEM_TAPS, panel_index};
 use crate::model::architecture::{BLOCKS, BN_EPSILON, STAGES};
 use crate::model::{AttentionOrder, Model};
 
@@ -18,7 +18,8 @@ pub struct Conv {
     pub output: Padded,
     /// 1 or 2, all axes.
     pub stride: usize,
-    /// `[kz * ky][kx * c_in][c_out]`; for the stem `[147][c_out]`, for a shortcut `[c_in][c_out]`.
+    /// 9 matrices (kz, ky) of `kx * c_in` x `c_out`; for the stem one of `147` x `c_out`, for a shortcut `c_in` x `c_out`.
+    /// Each in panels ([`panel_index`]).
     pub weights: Vec<f32>,
     /// One an output channel.
     pub bias: Vec<f32>,
@@ -172,14 +173,18 @@ fn folded(model: &Model, bn: &str) -> (Vec<f64>, Vec<f32>) {
     (scale, shift)
 }
 
-/// `[c_out][c_in][taps]` to `[taps][c_in][c_out]`, scaled by output channel.
-fn rearranged(weights: &[f32], scale: &[f64], c_in: usize, taps: usize) -> Vec<f32> {
+/// `[c_out][c_in][taps]` to `taps / run` matrices `run * c_in` x `c_out` in panels, scaled by output channel; `run` taps
+/// along a row make one matrix.
+fn rearranged(weights: &[f32], scale: &[f64], c_in: usize, taps: usize, run: usize) -> Vec<f32> {
     let c_out = scale.len();
+    let depth = run * c_in;
     let mut out = vec![0.0; weights.len()];
     for ((co, kernel), scale) in weights.chunks_exact(c_in * taps).enumerate().zip(scale) {
         for (ci, kernel) in kernel.chunks_exact(taps).enumerate() {
             for (tap, &w) in kernel.iter().enumerate() {
-                out[(tap * c_in + ci) * c_out + co] = (f64::from(w) * scale) as f32;
+                let matrix = tap / run * depth * c_out;
+                let k = tap % run * c_in + ci;
+                out[matrix + panel_index([depth, c_out], k, co)] = (f64::from(w) * scale) as f32;
             }
         }
     }
@@ -196,7 +201,7 @@ fn stem(model: &Model, output: Padded) -> Conv {
         input: output,
         output,
         stride: 2,
-        weights: rearranged(model.weights.get("stem.0.weight"), &scale, 1, STEM_TAPS),
+        weights: rearranged(model.weights.get("stem.0.weight"), &scale, 1, STEM_TAPS, STEM_TAPS),
         bias,
         rows: 1,
     };
@@ -208,7 +213,8 @@ fn conv(model: &Model, block: &str, [name, bn]: [&str; 2], input: Padded, output
     let (scale, bias) = folded(model, &format!("{block}.{bn}"));
     let weights = model.weights.get(&format!("{block}.{name}.weight"));
     let taps = weights.len() / (input.c * output.c);
-    let mut conv = Conv { input, output, stride, weights: rearranged(weights, &scale, input.c, taps), bias, rows: 1 };
+    let mut conv =
+        Conv { input, output, stride, weights: rearranged(weights, &scale, input.c, taps, taps.min(3)), bias, rows: 1 };
     conv.rows = block_rows(conv.pitch() * output.c, output.dhw[1]);
     conv
 }
@@ -222,8 +228,15 @@ mod tests {
     fn weights_are_read_in_the_order_tap_input_output() {
         // 2 outputs, 3 inputs, 2 taps
         let weights: Vec<f32> = (0..12).map(|i| i as f32).collect();
-        let out = rearranged(&weights, &[1.0, 10.0], 3, 2);
-        assert_eq!(out, [0.0, 60.0, 2.0, 80.0, 4.0, 100.0, 1.0, 70.0, 3.0, 90.0, 5.0, 110.0]);
+        let expected = [0.0, 60.0, 2.0, 80.0, 4.0, 100.0, 1.0, 70.0, 3.0, 90.0, 5.0, 110.0];
+        assert_eq!(rearranged(&weights, &[1.0, 10.0], 3, 2, 2), expected);
+        assert_eq!(rearranged(&weights, &[1.0, 10.0], 3, 2, 1), expected);
+        // 33 outputs, 1 input, 2 taps in one matrix: a panel of 32 and one of 1
+        let weights: Vec<f32> = (0..66).map(|i| i as f32).collect();
+        let out = rearranged(&weights, &[1.0; 33], 1, 2, 2);
+        assert_eq!(out[..3], [0.0, 2.0, 4.0]);
+        assert_eq!(out[32..34], [1.0, 3.0]);
+        assert_eq!(out[64..], [64.0, 65.0]);
     }
 
     #[test]
