@@ -506,7 +506,7 @@ struct Accepted<'s> {
     calling: String,
     called: String,
     peer_max_pdu: u32,
-    _slot: Slot<'s>,
+    slot: Option<Slot<'s>>,
 }
 
 /// One of `max_associations`.
@@ -588,7 +588,7 @@ fn negotiate<'s, T: Transport>(shared: &'s Shared, wire: &mut Wire<T>) -> Result
         calling: request.calling_ae_title,
         called: request.called_ae_title,
         peer_max_pdu,
-        _slot: slot,
+        slot: Some(slot),
     }))
 }
 
@@ -656,14 +656,22 @@ struct Association<'s, T> {
     answer: Vec<u8>,
 }
 
-impl<T> Drop for Association<'_, T> {
-    fn drop(&mut self) {
+impl<T> Association<'_, T> {
+    /// Tells the handler and frees the place, once. Not left to the drop alone: a peer may be slow to close.
+    fn finish(&mut self) {
+        let Some(_slot) = self.accepted.slot.take() else { return };
         let released = matches!(self.end, End::Released);
-        self.shared.factory.event(if released { ScpEvent::AssociationReleased } else { ScpEvent::AssociationAborted });
         let handler = &mut self.handler;
         if catch_unwind(AssertUnwindSafe(|| handler.closed(released))).is_err() {
             self.shared.factory.event(ScpEvent::HandlerPanicked);
         }
+        self.shared.factory.event(if released { ScpEvent::AssociationReleased } else { ScpEvent::AssociationAborted });
+    }
+}
+
+impl<T> Drop for Association<'_, T> {
+    fn drop(&mut self) {
+        self.finish();
     }
 }
 
@@ -724,6 +732,7 @@ impl<'s, T: Transport> Association<'s, T> {
             Stop::Released => {
                 self.end = End::Released;
                 let _ = self.wire.write_all(&RELEASE_RP_PDU);
+                self.finish();
                 self.wire.linger(LINGER);
                 return;
             }
@@ -743,7 +752,9 @@ impl<'s, T: Transport> Association<'s, T> {
                 abort_pdu(2, fault.reason)
             }
         };
-        if self.wire.write_all(&abort).is_ok() {
+        let written = self.wire.write_all(&abort).is_ok();
+        self.finish();
+        if written {
             self.wire.linger(LINGER);
         }
     }
