@@ -167,7 +167,7 @@ fn the_full_size_cpu_backend_matches_pytorch() {
     assert!(late < Duration::from_secs(2), "{late:?}; 50 ms on an idle machine");
 }
 
-/// Prints what the README quotes. `cargo test --release --test network -- --ignored --nocapture measure`
+/// Prints times and memory. `cargo test --release --test network -- --ignored --nocapture measure`
 #[test]
 #[ignore = "a measurement, not a check; meant for a release build"]
 fn measure_the_full_size_cpu_backend() {

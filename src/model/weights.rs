@@ -30,7 +30,7 @@ impl Weights {
     ///
     /// # Errors
     /// An unreadable file; the first tensor that is missing, misshapen, of an unknown number format, not finite (a
-    /// running variance: not positive), or that has no place in the architecture.
+    /// running variance: negative), or that has no place in the architecture.
     pub fn from_safetensors(bytes: &[u8], architecture: &Architecture) -> Result<Self, ModelError> {
         let file = SafeTensors::deserialize(bytes).map_err(|e| ModelError::Safetensors(e.to_string()))?;
         let mut found: BTreeMap<String, TensorView<'_>> = file.tensors().into_iter().collect();
@@ -130,7 +130,7 @@ fn read_tensor(spec: &TensorSpec, view: &TensorView<'_>) -> Result<Tensor, Model
         }
     };
     let (expected, good): (&str, fn(&f32) -> bool) = match spec.role {
-        TensorRole::BnVar => ("positive finite values", |v| v.is_finite() && *v >= 0.0),
+        TensorRole::BnVar => ("finite values of at least 0", |v| v.is_finite() && *v >= 0.0),
         _ => ("finite values", |v| v.is_finite()),
     };
     if let Some(index) = data.iter().position(|v| !good(v)) {
