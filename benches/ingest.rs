@@ -8,12 +8,15 @@
 #[path = "../tests/dicom_support/mod.rs"]
 mod dicom_support;
 
+use darnet::dicom::decode::PixelDecoder;
+use darnet::dicom::header::parse_header;
 use darnet::dicom::part10::{Part10, parse_part10};
 use darnet::dicom::scp::{
     AssociationHandler, AssociationInfo, HandlerFactory, ScpConfig, ScpEvent, ScpServer, StoreRequest, StoreStatus,
 };
 use darnet::dicom::scu::{SendOptions, echo, send_objects};
 use dicom_support::{Builder, CT, EXPLICIT_LE};
+use std::hint::black_box;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -106,12 +109,30 @@ fn round(server: &Server, slice: &Part10, count: usize) -> (Duration, Duration) 
     (server.cpu() - before, wall)
 }
 
+/// Time of the header and of the pixels of one slice, on this thread.
+fn stages(slice: &Part10, count: usize) {
+    let mut decoder = PixelDecoder::new();
+    let mut hu = vec![0; 512 * 512];
+    let (mut header_time, mut pixel_time) = (Duration::ZERO, Duration::ZERO);
+    for _ in 0..count {
+        let start = Instant::now();
+        let header = parse_header(black_box(slice.dataset()), EXPLICIT_LE).unwrap();
+        header_time += start.elapsed();
+        let start = Instant::now();
+        decoder.decode_hu(black_box(slice.dataset()), EXPLICIT_LE, &header, &mut hu).unwrap();
+        pixel_time += start.elapsed();
+    }
+    assert_eq!(black_box(&hu)[..3], [-1024, -1021, -1018]);
+    let micros = |t: Duration| t.as_secs_f64() * 1e6 / count as f64;
+    println!("parse_header {:.1} us, decode_hu {:.0} us a slice", micros(header_time), micros(pixel_time));
+}
+
 fn main() {
     if std::env::var_os(SERVE).is_some() {
         return serve();
     }
     // Without --bench (a test run) once through is enough.
-    let (rounds, count) = if std::env::args().any(|a| a == "--bench") { (5, 1000) } else { (1, 20) };
+    let (rounds, count) = if std::env::args().any(|a| a == "--bench") { (3, 5000) } else { (1, 20) };
     let servers = [Server::ours(), Server::dcmtk()];
     let until = Instant::now() + Duration::from_secs(10);
     while echo(&servers[1].options()).is_err() {
@@ -130,5 +151,6 @@ fn main() {
             println!("round {n} {:9} {per_slice:7.0} us CPU a slice, {rate:6.0} slices/s", server.name);
         }
     }
+    stages(&slice, count);
     println!("CPU of darnet / storescp: {:.2}", cpu[0].as_secs_f64() / cpu[1].as_secs_f64().max(1e-3));
 }
