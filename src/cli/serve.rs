@@ -92,7 +92,9 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Ended> {
                     if next.web.bind == config.web.bind {
                         next.web.bind = daemon.web_addr().to_string();
                     }
+                    let _ = sd_notify::notify(&[NotifyState::Watchdog]);
                     daemon.shutdown(DRAIN);
+                    let _ = sd_notify::notify(&[NotifyState::Watchdog]);
                     daemon = match Daemon::start(&next, None) {
                         Ok(daemon) => {
                             config = next;

@@ -525,6 +525,22 @@ const DERIVED_WORDS: [&str; 17] = [
     "OVERLAY",
 ];
 
+impl SliceHeader {
+    /// Whether another object of the same SOPInstanceUID says the same about place, pixels and kind; how it is encoded
+    /// and what else it carries may differ.
+    pub fn same_object(&self, other: &Self) -> bool {
+        self.sop_class_uid == other.sop_class_uid
+            && self.study_instance_uid == other.study_instance_uid
+            && self.modality == other.modality
+            && self.image_type == other.image_type
+            && self.geometry == other.geometry
+            && (self.rows, self.columns) == (other.rows, other.columns)
+            && self.pixel.slope == other.pixel.slope
+            && self.pixel.intercept == other.pixel.intercept
+            && self.number_of_frames == other.number_of_frames
+    }
+}
+
 /// Whether one object may be part of a series that is judged.
 ///
 /// In this order: modality CT and a CT SOP class (`not_ct`); no LOCALIZER (or SCOUT, TOPOGRAM, SURVIEW) in ImageType

@@ -17,16 +17,17 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, select};
 
-use crate::dicom::header;
 use crate::dicom::header::SliceHeader;
 use crate::engine::CancelToken;
-use crate::pipeline::ingest::{Arrival, Journals, PublishedNote, RECOVERED, ToAssembler};
+use crate::pipeline::ingest::{
+    Arrival, Journals, PublishedNote, RECOVERED, ToAssembler, VOLUME_PREFIX, remove_volumes,
+};
 use crate::pipeline::jobs::{
     DecodeJob, DecodeTask, Decoded, DecodedSlice, InferDone, InferJob, Inferred, PublishJob, Published, SliceHandle,
     Timing,
 };
 use crate::pipeline::planes::SharedPlane;
-use crate::pipeline::series::{Selection, SliceFacts, select};
+use crate::pipeline::series::{MAX_GRIDS, Selection, SliceFacts, facts, select};
 use crate::resample::lung::SliceLung;
 use crate::resample::plan::InPlanePlan;
 use crate::telemetry::{StudyHash, events, incidents};
@@ -36,10 +37,10 @@ use crate::volume::journal::{JournalReader, RecordRef};
 use crate::volume::refusal::{Reason, Refusal};
 use crate::volume::store::VolumeFile;
 
-/// Different image sizes one series may hold before further ones are refused. A series has one; a scout makes two.
-pub const MAX_GRIDS: usize = 4;
 /// Wait before an outcome that the store did not take is made and offered again.
 const COMMIT_RETRY: Duration = Duration::from_secs(5);
+/// Wait before the content of a series is asked for again.
+const RESEND_RETRY: Duration = Duration::from_secs(5);
 /// Longest sleep of the assembler, so that the stop flag of a dead peer is seen.
 const MAX_WAIT: Duration = Duration::from_millis(500);
 
@@ -128,6 +129,7 @@ struct Job {
 }
 
 struct Series {
+    epoch: u64,
     study: StudyHash,
     header: Arc<SliceHeader>,
     entries: Vec<Entry>,
@@ -138,13 +140,18 @@ struct Series {
     in_flight: usize,
     repeats: Vec<Repeat>,
     conflict: bool,
-    records: u64,
+    /// Acknowledged objects that the disk no longer gives back.
+    lost: u64,
+    /// Offset in the journal after the last record seen.
+    covered: u64,
     version: u64,
     published_version: u64,
     publishing: Option<u64>,
     revision: u32,
     over_bound: bool,
     hold_until: Option<Instant>,
+    /// An outcome the store did not take, to be offered again.
+    retry: Option<Box<PublishJob>>,
     completed: Option<(Cause, Instant)>,
     job: Option<Job>,
     last_pdata_at: Instant,
@@ -161,8 +168,12 @@ pub struct Assembler {
     journals: Journals,
     started: Instant,
     series: HashMap<StudyHash, Series>,
-    /// Series whose content is in the journal only, and whether it was asked for.
-    deferred: BTreeMap<StudyHash, bool>,
+    /// Stays of series in memory so far.
+    epochs: u64,
+    /// What the inference worker has in hand: the series, and whether it was not complete when it was sent.
+    running: Option<(StudyHash, bool)>,
+    /// Series whose content is in the journal only, and when it was asked for.
+    deferred: BTreeMap<StudyHash, Option<Instant>>,
     backlog: VecDeque<DecodeJob>,
     publish_backlog: VecDeque<PublishJob>,
 }
@@ -176,6 +187,8 @@ impl Assembler {
             journals,
             started: Instant::now(),
             series: HashMap::new(),
+            epochs: 0,
+            running: None,
             deferred: BTreeMap::new(),
             backlog: VecDeque::new(),
             publish_backlog: VecDeque::new(),
@@ -203,15 +216,26 @@ impl Assembler {
                 Event::Arrival(ToAssembler::Stop) | Event::Stop => break,
                 Event::Arrival(ToAssembler::Slice(arrival)) => {
                     let series = arrival.series.clone();
-                    if self.series.contains_key(&series) || (arrival.ordinal == 0 && self.make_room()) {
+                    if self.series.contains_key(&series) || (arrival.first && self.make_room()) {
                         self.arrival(*arrival);
                     } else {
-                        self.deferred.entry(series.clone()).or_insert(false);
+                        self.deferred.entry(series.clone()).or_insert(None);
                     }
                     Some(series)
                 }
-                Event::Arrival(ToAssembler::Recovered { series, slices, published }) => {
-                    self.recovered(&series, slices, published);
+                Event::Arrival(ToAssembler::Recovered { series, slices, published, lost }) => {
+                    self.recovered(&series, slices, published, lost);
+                    Some(series)
+                }
+                Event::Arrival(ToAssembler::Seen { series, association }) => {
+                    let now = self.now_ns();
+                    if let Some(open) = self.series.get_mut(&series)
+                        && open.published_version != open.version
+                    {
+                        open.completion.touch(association, now);
+                        open.last_pdata_at = Instant::now();
+                        open.completed = None;
+                    }
                     Some(series)
                 }
                 Event::Arrival(ToAssembler::Closed { association }) => {
@@ -279,21 +303,43 @@ impl Assembler {
         }
         if !self.deferred.is_empty()
             && self.make_room()
-            && let Some((series, asked)) = self.deferred.iter_mut().find(|(_, asked)| !**asked)
+            && let Some((series, asked)) =
+                self.deferred.iter_mut().find(|(_, asked)| asked.is_none_or(|at| at.elapsed() >= RESEND_RETRY))
+            && self.journals.resend(series)
         {
-            *asked = self.journals.resend(series);
+            *asked = Some(Instant::now());
         }
-        for series in self.series.values_mut() {
-            if let Some(job) = &mut series.job
-                && let Some(pending) = job.pending.take()
+        self.feed_inference();
+    }
+
+    /// Hands the worker one job at a time: complete series first, the longest complete first. A run of a series that
+    /// is not complete is cancelled when a complete one waits; it starts again later.
+    fn feed_inference(&mut self) {
+        let next = self
+            .series
+            .iter()
+            .filter(|(_, s)| s.job.as_ref().is_some_and(|j| j.pending.is_some()))
+            .min_by_key(|(_, s)| (s.completed.is_none(), s.completed.map(|(_, at)| at), s.quiet_since))
+            .map(|(key, s)| (key.clone(), s.completed.is_some()));
+        let Some((key, complete)) = next else { return };
+        if let Some((running, _)) = &self.running {
+            if complete
+                && let Some(series) = self.series.get(running)
+                && series.completed.is_none()
+                && let Some(job) = &series.job
             {
-                match self.channels.infer.try_send(pending) {
-                    Ok(()) => job.sent = true,
-                    Err(TrySendError::Full(pending) | TrySendError::Disconnected(pending)) => {
-                        job.pending = Some(pending)
-                    }
-                }
+                job.cancel.cancel();
             }
+            return;
+        }
+        let Some(job) = self.series.get_mut(&key).and_then(|s| s.job.as_mut()) else { return };
+        let Some(pending) = job.pending.take() else { return };
+        match self.channels.infer.try_send(pending) {
+            Ok(()) => {
+                job.sent = true;
+                self.running = Some((key, !complete));
+            }
+            Err(TrySendError::Full(pending) | TrySendError::Disconnected(pending)) => job.pending = Some(pending),
         }
     }
 
@@ -304,6 +350,15 @@ impl Assembler {
         let now = self.now_ns();
         let speculate = self.options.speculate;
         let due = |s: &Series| {
+            if s.publishing.is_some() || s.over_bound {
+                return None;
+            }
+            if let Some(left) = s.hold_until.and_then(|until| until.checked_duration_since(Instant::now())) {
+                return Some(now + left.as_nanos() as u64);
+            }
+            if s.completed.is_some() && s.job.is_some() {
+                return None; // the worker's answer wakes us
+            }
             let guess = s.completion.looks_complete_at_ns(s.hint).filter(|_| speculate && s.job.is_none());
             let known = s.completion.deadline_ns();
             match (guess.filter(|at| *at > now), known) {
@@ -337,7 +392,7 @@ impl Assembler {
         let idle = self
             .series
             .iter()
-            .filter(|(_, s)| s.published_version == s.version && s.job.is_none() && s.publishing.is_none())
+            .filter(|(_, s)| s.is_at_rest() && (s.published_version == s.version || s.over_bound))
             .min_by_key(|(_, s)| s.quiet_since)
             .map(|(k, _)| k.clone());
         if let Some(idle) = &idle {
@@ -351,9 +406,11 @@ impl Assembler {
             return;
         }
         events::SeriesOpened { study, series: key, open: self.series.len() + 1 }.emit();
+        self.epochs += 1;
         self.series.insert(
             key.clone(),
             Series {
+                epoch: self.epochs,
                 study: study.clone(),
                 header: Arc::clone(header),
                 entries: Vec::new(),
@@ -364,13 +421,15 @@ impl Assembler {
                 in_flight: 0,
                 repeats: Vec::new(),
                 conflict: false,
-                records: 0,
+                lost: 0,
+                covered: 0,
                 version: 0,
                 published_version: 0,
                 publishing: None,
                 revision: 0,
                 over_bound: false,
                 hold_until: None,
+                retry: None,
                 completed: None,
                 job: None,
                 last_pdata_at: Instant::now(),
@@ -382,18 +441,28 @@ impl Assembler {
         );
     }
 
-    fn recovered(&mut self, key: &StudyHash, slices: Vec<Arrival>, published: Option<PublishedNote>) {
+    fn recovered(&mut self, key: &StudyHash, slices: Vec<Arrival>, published: Option<PublishedNote>, lost: u64) {
         if self.series.contains_key(key) {
-            return; // its journal was closed and reopened; everything in it is here already
+            // Its journal was closed and reopened. What is here already is passed over.
+            for arrival in slices {
+                self.arrival(arrival);
+            }
+            let now = self.now_ns();
+            if let Some(series) = self.series.get_mut(key) {
+                series.lose(key, lost);
+                series.completion.released(RECOVERED, now);
+            }
+            self.deferred.remove(key);
+            return;
         }
         if !self.make_room() {
-            self.deferred.insert(key.clone(), false);
+            self.deferred.insert(key.clone(), None);
             return;
         }
         self.deferred.remove(key);
         let started = Instant::now();
-        let covered = published.as_ref().map_or(0, |p| p.records);
-        let total = slices.last().map_or(0, |last| last.ordinal + 1);
+        let covered = published.as_ref().map_or(0, |p| p.covered);
+        let total = slices.len() as u64;
         for arrival in slices {
             self.arrival(arrival);
         }
@@ -404,6 +473,9 @@ impl Assembler {
             if series.entries.len() as u64 == note.distinct {
                 series.published_version = series.version;
             }
+        }
+        if let Some(series) = self.series.get_mut(key) {
+            series.lose(key, lost);
         }
         events::RecoveryDone { series: 1, slices: total, cut_bytes: 0, took: started.elapsed() }.emit();
     }
@@ -416,10 +488,10 @@ impl Assembler {
         let now = self.now_ns();
         let open = self.series.len();
         let series = self.series.get_mut(&key).expect("opened above");
-        if arrival.ordinal < series.records {
+        if arrival.ordinal < series.covered {
             return; // read back from the journal already
         }
-        series.records = arrival.ordinal + 1;
+        series.covered = arrival.ordinal + 1;
         series.last_pdata_at = arrival.last_pdata_at;
         series.quiet_since = Instant::now();
         if series.recovered_open && !recovered {
@@ -427,6 +499,14 @@ impl Assembler {
             series.completion.released(RECOVERED, now);
         }
         if let Some(&first) = series.by_sop.get(&arrival.header.sop_instance_uid) {
+            series.completion.touch(arrival.association, now);
+            if series.published_version != series.version {
+                series.completed = None;
+            }
+            if !series.entries[first].facts.header.same_object(&arrival.header) {
+                series.conflicts(&key);
+                return;
+            }
             series.repeats.push(Repeat {
                 ordinal: arrival.ordinal,
                 first,
@@ -445,7 +525,9 @@ impl Assembler {
             }
         }
         if arrival.header.sop_instance_uid < series.header.sop_instance_uid {
-            series.header = Arc::clone(&arrival.header); // the same header whatever the order of arrival
+            // The same header, and study, whatever the order of arrival.
+            series.header = Arc::clone(&arrival.header);
+            series.study = arrival.study.clone();
         }
         if series.revision > 0 && series.published_version == series.version {
             events::SeriesReopened { series: &key, revision: series.revision, open }.emit();
@@ -453,15 +535,14 @@ impl Assembler {
         series.changed(&key);
         let entry = series.entries.len();
         series.by_sop.insert(arrival.header.sop_instance_uid.clone(), entry);
-        let mut facts =
-            SliceFacts { header: Arc::clone(&arrival.header), refusal: header::judge(&arrival.header).err() };
+        let mut facts = facts(&arrival.header, &self.options.limits);
         let mut grid = None;
         if facts.refusal.is_none()
             && let Ok(geometry) = &arrival.header.geometry
         {
             let geometry = geometry.clone();
             match self.grid(&key, &geometry) {
-                Ok(found) => grid = Some(found),
+                Ok(found) => grid = found,
                 Err(refusal) => facts.refusal = Some(refusal),
             }
         }
@@ -471,6 +552,7 @@ impl Assembler {
             series.in_flight += 1;
             let job = DecodeJob {
                 series: key.clone(),
+                epoch: series.epoch,
                 entry,
                 reader: arrival.reader,
                 record: arrival.record,
@@ -484,8 +566,7 @@ impl Assembler {
     }
 
     /// The grid of a slice of this size and orientation, made if it is new.
-    fn grid(&mut self, key: &StudyHash, geometry: &SliceGeometry) -> Result<usize, Refusal> {
-        geometry.validate()?;
+    fn grid(&mut self, key: &StudyHash, geometry: &SliceGeometry) -> Result<Option<usize>, Refusal> {
         let orientation = geometry.in_plane_orientation(&self.options.limits)?;
         let series = self.series.get_mut(key).expect("opened by the caller");
         let found = series
@@ -493,16 +574,13 @@ impl Assembler {
             .iter()
             .position(|g| g.rows == geometry.rows && g.columns == geometry.columns && g.orientation == orientation);
         if let Some(found) = found {
-            return Ok(found);
+            return Ok(Some(found));
         }
         let at = series.grids.len();
         if at >= MAX_GRIDS {
-            return Err(Refusal::new(
-                Reason::InconsistentGeometry,
-                format!("expected at most {MAX_GRIDS} image sizes in one series, got more"),
-            ));
+            return Ok(None); // the series is refused as a whole: `select` counts the grids
         }
-        let path = self.options.series_dir.join(key.as_str()).join(format!("volume-{at}"));
+        let path = self.options.series_dir.join(key.as_str()).join(format!("{VOLUME_PREFIX}{at}"));
         // What a volume holds can be rebuilt from the journal, so an old one is simply replaced.
         let _ = std::fs::remove_file(&path);
         let volume = VolumeFile::create(&path, geometry.rows, geometry.columns, self.options.max_slots)
@@ -522,12 +600,12 @@ impl Assembler {
             volume,
             plan: Arc::new(plan),
         });
-        Ok(at)
+        Ok(Some(at))
     }
 
     fn decoded(&mut self, decoded: Decoded) -> StudyHash {
         let key = decoded.series.clone();
-        let Some(series) = self.series.get_mut(&key) else { return key };
+        let Some(series) = self.series.get_mut(&key).filter(|s| s.epoch == decoded.epoch) else { return key };
         series.in_flight -= 1;
         series.decode_s += decoded.decode_s;
         series.resample_s += decoded.resample_s;
@@ -540,8 +618,7 @@ impl Assembler {
             }
             Ok(DecodedSlice::Same) => {}
             Ok(DecodedSlice::Different) => {
-                series.conflict = true;
-                series.changed(&key);
+                series.conflicts(&key);
             }
             Err(refusal) => series.entries[decoded.entry].facts.refusal = Some(refusal),
         }
@@ -549,7 +626,8 @@ impl Assembler {
     }
 
     fn inferred(&mut self, done: InferDone) -> StudyHash {
-        if let Some(series) = self.series.get_mut(&done.series)
+        self.running = None;
+        if let Some(series) = self.series.get_mut(&done.series).filter(|s| s.epoch == done.epoch)
             && let Some(job) = &mut series.job
             && job.version == done.version
         {
@@ -563,13 +641,17 @@ impl Assembler {
     }
 
     fn published(&mut self, published: Published) -> StudyHash {
-        if let Some(series) = self.series.get_mut(&published.series) {
+        if let Some(series) = self.series.get_mut(&published.series).filter(|s| s.epoch == published.epoch) {
             series.publishing = None;
-            if published.committed {
-                series.published_version = published.version;
-                series.revision = published.revision;
-            } else {
-                series.hold_until = Some(Instant::now() + COMMIT_RETRY);
+            match published.failed {
+                None => {
+                    series.published_version = published.version;
+                    series.revision = published.revision;
+                }
+                Some(job) => {
+                    series.hold_until = Some(Instant::now() + COMMIT_RETRY);
+                    series.retry = Some(job).filter(|job| job.version == series.version);
+                }
             }
             series.quiet_since = Instant::now();
         }
@@ -587,17 +669,17 @@ impl Assembler {
         for repeat in std::mem::take(&mut series.repeats) {
             let first = &series.entries[repeat.first];
             match (first.grid, first.slot, &first.facts.refusal) {
-                (Some(grid), Some(slot), _) => {
+                (Some(grid), slot, refusal) if slot.is_some() || refusal.is_some() => {
                     let same_size = repeat.header.rows == series.grids[grid].rows
                         && repeat.header.columns == series.grids[grid].columns;
                     if !same_size {
-                        series.conflict = true;
-                        series.changed(key);
+                        series.conflicts(key);
                         continue;
                     }
                     series.in_flight += 1;
                     jobs.push(DecodeJob {
                         series: key.clone(),
+                        epoch: series.epoch,
                         entry: repeat.first,
                         reader: repeat.reader,
                         record: repeat.record,
@@ -625,14 +707,19 @@ impl Assembler {
         let open = self.series.len();
         let Some(series) = self.series.get_mut(key) else { return };
         if series.published_version == series.version || series.over_bound {
-            let idle = series.job.is_none() && series.publishing.is_none() && series.in_flight == 0;
-            if idle && series.quiet_since.elapsed() >= retire_after {
+            if series.is_at_rest() && series.quiet_since.elapsed() >= retire_after {
                 self.retire(key);
             }
             return;
         }
         let held = series.hold_until.is_some_and(|until| Instant::now() < until);
         if series.in_flight > 0 || series.publishing.is_some() || held {
+            return;
+        }
+        if let Some(job) = series.retry.take() {
+            series.publishing = Some(job.version);
+            self.publish_backlog.push_back(*job);
+            self.drain_backlogs();
             return;
         }
         let complete = match series.completion.progress(now) {
@@ -669,6 +756,7 @@ impl Assembler {
                 let cancel = Arc::new(CancelToken::new());
                 let pending = InferJob {
                     series: key.clone(),
+                    epoch: series.epoch,
                     version,
                     stack: selection.stack,
                     slices,
@@ -720,12 +808,13 @@ impl Assembler {
         }
         let job = PublishJob {
             series: key.clone(),
+            epoch: series.epoch,
             study: series.study.clone(),
             version,
             revision: series.revision + 1,
             header: Arc::clone(&series.header),
             slices: series.entries.len(),
-            records: series.records,
+            covered: series.covered,
             conflict: series.conflict,
             cause,
             result,
@@ -744,6 +833,8 @@ impl Assembler {
     fn retire(&mut self, key: &StudyHash) {
         if self.series.remove(key).is_some() {
             self.journals.close(key.clone());
+            // They can be made anew from the journal; pictures being made keep their mapping.
+            remove_volumes(&self.options.series_dir.join(key.as_str()));
             incidents::SeriesRetired { series: key, open: self.series.len() }.emit();
         }
     }
@@ -759,10 +850,36 @@ enum Event {
 }
 
 impl Series {
+    /// Two objects of one SOPInstanceUID differ.
+    fn conflicts(&mut self, key: &StudyHash) {
+        if !self.conflict {
+            self.conflict = true;
+            self.changed(key);
+        }
+    }
+
+    /// Acknowledged objects are damaged on the disk.
+    fn lose(&mut self, key: &StudyHash, lost: u64) {
+        if lost > self.lost {
+            self.lost = lost;
+            self.changed(key);
+        }
+    }
+
+    /// Nothing of it is under way.
+    fn is_at_rest(&self) -> bool {
+        self.in_flight == 0
+            && self.repeats.is_empty()
+            && self.job.is_none()
+            && self.publishing.is_none()
+            && self.retry.is_none()
+    }
+
     /// The content changed: what was inferred of it is void.
     fn changed(&mut self, key: &StudyHash) {
         self.version += 1;
         self.completed = None;
+        self.retry = None;
         if let Some(job) = self.job.take() {
             job.cancel.cancel();
             if job.sent && job.done.is_none() {
@@ -772,6 +889,12 @@ impl Series {
     }
 
     fn plan(&self, limits: &GeometryLimits) -> Result<(Selection, Vec<SliceHandle>), Refusal> {
+        if self.lost > 0 {
+            return Err(Refusal::new(
+                Reason::Internal,
+                format!("{} acknowledged objects are damaged on the disk; send the series again", self.lost),
+            ));
+        }
         if self.conflict {
             return Err(Refusal::new(
                 Reason::DuplicateConflict,

@@ -14,7 +14,7 @@
 //!
 //! Deliberately absent: pixel decoding.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -38,6 +38,10 @@ pub const GROUP_COMMIT: usize = 64;
 pub const JOURNAL_QUEUE: usize = 64;
 /// File name of a series' journal inside its folder.
 pub const JOURNAL_FILE: &str = "journal";
+/// What the names of volume files begin with.
+pub const VOLUME_PREFIX: &str = "volume-";
+/// File beside the journal that holds its length when everything in it was published.
+pub const PUBLISHED_FILE: &str = "published";
 /// Open journals of one thread; the least recently used is closed beyond it (it is reopened when needed).
 pub const MAX_OPEN_JOURNALS: usize = 256;
 
@@ -71,8 +75,10 @@ pub struct Arrival {
     pub association: u64,
     /// When its last P-DATA byte was read.
     pub last_pdata_at: Instant,
-    /// Its number among the data set records of its journal, from 0.
+    /// Its place: the offset of its record in the journal. Rises with every record and never changes.
     pub ordinal: u64,
+    /// Whether it is the first data set of its journal.
+    pub first: bool,
     /// Whether a count stated in this header is a declaration by a trusted peer.
     pub count_is_declared: bool,
 }
@@ -85,8 +91,8 @@ pub const RECOVERED: u64 = 0;
 pub struct PublishedNote {
     /// Revision of the outcome.
     pub revision: u32,
-    /// Data set records in the journal that the outcome covers.
-    pub records: u64,
+    /// Offset after the last data set record that the outcome covers.
+    pub covered: u64,
     /// Distinct SOPInstanceUIDs among them.
     pub distinct: u64,
     /// Whether two of them were in conflict.
@@ -108,6 +114,15 @@ pub enum ToAssembler {
         slices: Vec<Arrival>,
         /// The last publication, if any.
         published: Option<PublishedNote>,
+        /// Acknowledged objects that the disk no longer gives back.
+        lost: u64,
+    },
+    /// An object that is there already came again: its sender is still at work.
+    Seen {
+        /// Hash of the SeriesInstanceUID.
+        series: StudyHash,
+        /// Who brought it.
+        association: u64,
     },
     /// An association ended (released or aborted).
     Closed {
@@ -138,6 +153,7 @@ enum ToJournal {
     Recover { series: StudyHash },
     Resend { series: StudyHash },
     Close { series: StudyHash },
+    Delete { series: StudyHash, not_after: SystemTime },
 }
 
 /// Settings of the journal threads.
@@ -178,6 +194,7 @@ impl Journals {
                 options: options.clone(),
                 hasher: hasher.clone(),
                 open: HashMap::new(),
+                broken: HashSet::new(),
                 uses: 0,
                 assembler: assembler.clone(),
                 total_bytes: Arc::clone(&total_bytes),
@@ -214,6 +231,11 @@ impl Journals {
         self.queue(series).try_send(ToJournal::Resend { series: series.clone() }).is_ok()
     }
 
+    /// Deletes the folder of `series`, unless its journal was written to after `not_after`.
+    pub fn delete(&self, series: StudyHash, not_after: SystemTime) {
+        let _ = self.queue(&series).send(ToJournal::Delete { series, not_after });
+    }
+
     /// Reads back every journal under the series folder; unpublished series go to the assembler.
     ///
     /// # Errors
@@ -229,11 +251,25 @@ impl Journals {
             }
         }
         names.sort();
+        for series in &names {
+            // Volumes are made anew from the journals.
+            remove_volumes(&series_dir.join(series.as_str()));
+        }
         let count = names.len();
         for series in names {
             let _ = self.queue(&series).send(ToJournal::Recover { series });
         }
         Ok(count)
+    }
+}
+
+/// Removes the volume files of a series; who has one mapped keeps it.
+pub fn remove_volumes(series_dir: &Path) {
+    let Ok(entries) = std::fs::read_dir(series_dir) else { return };
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(VOLUME_PREFIX) {
+            let _ = std::fs::remove_file(entry.path());
+        }
     }
 }
 
@@ -258,6 +294,8 @@ struct OpenJournal {
     reader: JournalReader,
     seen: HashMap<String, Vec<RecordRef>>,
     records: u64,
+    /// Offset of the last data set record.
+    last_dataset: u64,
     last_use: u64,
 }
 
@@ -265,6 +303,8 @@ struct JournalThread {
     options: JournalOptions,
     hasher: StudyHasher,
     open: HashMap<StudyHash, OpenJournal>,
+    /// Series whose journal could not be cut back after a failed sync: refused until the next start.
+    broken: HashSet<StudyHash>,
     uses: u64,
     assembler: Sender<ToAssembler>,
     total_bytes: Arc<AtomicU64>,
@@ -273,7 +313,7 @@ struct JournalThread {
 struct Appended {
     request: Box<AppendRequest>,
     status: StoreStatus,
-    arrival: Option<Box<Arrival>>,
+    forward: Option<ToAssembler>,
 }
 
 impl JournalThread {
@@ -283,6 +323,10 @@ impl JournalThread {
         while let Ok(first) = queue.recv() {
             let mut next = Some(first);
             while let Some(message) = next {
+                if !matches!(message, ToJournal::Append(_)) {
+                    // Whatever closes or reads back a journal must find it synced and answered for.
+                    self.commit(&mut group, &mut touched);
+                }
                 match message {
                     ToJournal::Append(request) => {
                         let appended = self.append(request);
@@ -297,6 +341,7 @@ impl JournalThread {
                     ToJournal::Close { series } => {
                         self.open.remove(&series);
                     }
+                    ToJournal::Delete { series, not_after } => self.delete(&series, not_after),
                 }
                 next = if group.len() < GROUP_COMMIT { queue.try_recv().ok() } else { None };
             }
@@ -310,12 +355,18 @@ impl JournalThread {
         let mut failed: Vec<StudyHash> = Vec::new();
         if self.options.durability == Durability::Fsync {
             for series in touched.iter() {
-                if let Some(journal) = self.open.get_mut(series)
-                    && let Err(error) = journal.writer.sync()
-                {
+                let synced = match self.open.get_mut(series) {
+                    Some(journal) => journal.writer.sync().map_err(|e| (e, journal.writer.was_cut_back())),
+                    // Closed since: whether it was synced is not known.
+                    None => Err((JournalError::Poisoned, true)),
+                };
+                if let Err((error, cut_back)) = synced {
                     incidents::JournalFailed { operation: "sync", detail: &error.to_string() }.emit();
                     // What the page cache holds after a failed sync is unknown: reopen and read back before going on.
                     self.open.remove(series);
+                    if !cut_back {
+                        self.broken.insert(series.clone());
+                    }
                     failed.push(series.clone());
                 }
             }
@@ -324,13 +375,12 @@ impl JournalThread {
             events::StageTimed { stage: Stage::Journal, took: started.elapsed() }.emit();
         }
         touched.clear();
-        for Appended { request, mut status, arrival } in group.drain(..) {
-            if failed.contains(&request.series) {
+        for Appended { request, mut status, forward } in group.drain(..) {
+            if status == StoreStatus::Success && failed.contains(&request.series) {
                 status = StoreStatus::OutOfResources;
-            } else if let Some(arrival) = arrival
-                && self.assembler.send(ToAssembler::Slice(arrival)).is_err()
-            {
-                // Shutting down: the record is safe and comes back at the next start.
+            } else if let Some(message) = forward {
+                // Nobody there: shutting down. The record is safe and comes back at the next start.
+                let _ = self.assembler.send(message);
             }
             let _ = request.reply.send((status, request.dataset));
         }
@@ -340,13 +390,18 @@ impl JournalThread {
         let outcome = self.try_append(&request);
         match outcome {
             Ok(arrival) => {
-                match &arrival {
+                let forward = match arrival {
                     Some(arrival) => {
-                        events::SliceStored { series: &request.series, slices: arrival.ordinal + 1 }.emit();
+                        let slices = self.open.get(&request.series).map_or(0, |j| j.records);
+                        events::SliceStored { series: &request.series, slices }.emit();
+                        ToAssembler::Slice(arrival)
                     }
-                    None => events::SliceDuplicate { series: &request.series, conflict: false }.emit(),
-                }
-                Appended { request, status: StoreStatus::Success, arrival }
+                    None => {
+                        events::SliceDuplicate { series: &request.series, conflict: false }.emit();
+                        ToAssembler::Seen { series: request.series.clone(), association: request.association }
+                    }
+                };
+                Appended { request, status: StoreStatus::Success, forward: Some(forward) }
             }
             Err(error) => {
                 let reason = match &error {
@@ -356,7 +411,11 @@ impl JournalThread {
                 };
                 events::SliceRefused { reason, status: StoreStatus::OutOfResources.code() }.emit();
                 incidents::JournalFailed { operation: "append", detail: &error.to_string() }.emit();
-                Appended { request, status: StoreStatus::OutOfResources, arrival: None }
+                if matches!(&error, AppendError::Journal(e) if !e.is_no_space()) {
+                    // A writer that failed may fail for ever; the next slice opens the file anew.
+                    self.open.remove(&request.series);
+                }
+                Appended { request, status: StoreStatus::OutOfResources, forward: None }
             }
         }
     }
@@ -366,11 +425,15 @@ impl JournalThread {
         let max_total = self.options.max_total_bytes;
         let max_records = self.options.max_records_per_series;
         let total = Arc::clone(&self.total_bytes);
+        if self.broken.contains(&request.series) {
+            return Err(AppendError::Bound("the journal could not be cut back after a failed sync".to_owned()));
+        }
         let journal = self.journal(&request.series)?;
         if let Some(earlier) = journal.seen.get(&request.header.sop_instance_uid) {
             let mut stored = Vec::new();
-            for record in earlier {
-                let head = journal.reader.read(*record, &mut stored)?;
+            for record in earlier.iter().filter(|r| r.payload_len == size) {
+                // A record that cannot be read back is no reason to refuse the same object again.
+                let Ok(head) = journal.reader.read(*record, &mut stored) else { continue };
                 if stored == request.dataset && head.transfer_syntax_uid == *request.transfer_syntax_uid {
                     return Ok(None);
                 }
@@ -389,11 +452,14 @@ impl JournalThread {
             sop_instance_uid: &request.header.sop_instance_uid,
             received_unix_ns: unix_ns(),
         };
+        let before = journal.writer.len();
         let record = journal.writer.append(&head, &request.dataset)?;
-        let ordinal = journal.records;
+        let added = journal.writer.len() - before;
+        let first = journal.records == 0;
+        journal.last_dataset = record.offset;
         journal.records += 1;
         journal.seen.entry(request.header.sop_instance_uid.clone()).or_default().push(record);
-        total.fetch_add(size, Ordering::Relaxed);
+        total.fetch_add(added, Ordering::Relaxed);
         Ok(Some(Box::new(Arrival {
             series: request.series.clone(),
             study: request.study.clone(),
@@ -403,7 +469,8 @@ impl JournalThread {
             reader: journal.reader.clone(),
             association: request.association,
             last_pdata_at: request.last_pdata_at,
-            ordinal,
+            ordinal: record.offset,
+            first,
             count_is_declared: request.count_is_declared,
         })))
     }
@@ -423,8 +490,8 @@ impl JournalThread {
             }
             let path = self.path(series);
             let journal = if path.exists() {
-                let (journal, slices, published) = self.reopen(series)?;
-                let _ = self.assembler.send(ToAssembler::Recovered { series: series.clone(), slices, published });
+                let (journal, recovered) = self.reopen(series)?;
+                let _ = self.assembler.send(recovered);
                 journal
             } else {
                 if let Some(folder) = path.parent() {
@@ -433,7 +500,7 @@ impl JournalThread {
                 let writer = JournalWriter::create(&path)?;
                 sync_dir(&self.options.series_dir).map_err(AppendError::Folder)?;
                 let reader = writer.reader()?;
-                OpenJournal { writer, reader, seen: HashMap::new(), records: 0, last_use: 0 }
+                OpenJournal { writer, reader, seen: HashMap::new(), records: 0, last_dataset: 0, last_use: 0 }
             };
             self.open.insert(series.clone(), journal);
         }
@@ -443,12 +510,14 @@ impl JournalThread {
         Ok(journal)
     }
 
-    fn reopen(&self, series: &StudyHash) -> Result<(OpenJournal, Vec<Arrival>, Option<PublishedNote>), JournalError> {
+    fn reopen(&self, series: &StudyHash) -> Result<(OpenJournal, ToAssembler), JournalError> {
         let (writer, records) = JournalWriter::open(&self.path(series))?;
         let reader = writer.reader()?;
-        let mut journal = OpenJournal { writer, reader, seen: HashMap::new(), records: 0, last_use: 0 };
+        let mut journal =
+            OpenJournal { writer, reader, seen: HashMap::new(), records: 0, last_dataset: 0, last_use: 0 };
         let mut slices = Vec::with_capacity(records.len());
-        let mut published = None;
+        let mut published: Option<PublishedNote> = None;
+        let mut lost = journal.writer.recovery().damage.len() as u64;
         let mut payload = Vec::new();
         for (record, head) in records {
             match head.kind {
@@ -458,16 +527,17 @@ impl JournalThread {
                 }
                 RecordKind::Dataset => {
                     journal.seen.entry(head.sop_instance_uid.clone()).or_default().push(record);
-                    let ordinal = journal.records;
+                    let first = journal.records == 0;
+                    journal.last_dataset = record.offset;
                     journal.records += 1;
-                    if let Some(arrival) = self.read_back(series, &journal.reader, record, &head, ordinal, &mut payload)
-                    {
-                        slices.push(arrival);
+                    match self.read_back(series, &journal.reader, record, &head, first, &mut payload) {
+                        Some(arrival) => slices.push(arrival),
+                        None => lost += 1,
                     }
                 }
             }
         }
-        Ok((journal, slices, published))
+        Ok((journal, ToAssembler::Recovered { series: series.clone(), slices, published, lost }))
     }
 
     fn read_back(
@@ -476,7 +546,7 @@ impl JournalThread {
         reader: &JournalReader,
         record: RecordRef,
         head: &OwnedRecordHead,
-        ordinal: u64,
+        first: bool,
         payload: &mut Vec<u8>,
     ) -> Option<Arrival> {
         if let Err(error) = reader.read(record, payload) {
@@ -493,7 +563,8 @@ impl JournalThread {
             reader: reader.clone(),
             association: RECOVERED,
             last_pdata_at: Instant::now(),
-            ordinal,
+            ordinal: record.offset,
+            first,
             count_is_declared: false,
         })
     }
@@ -502,14 +573,21 @@ impl JournalThread {
         if self.open.contains_key(series) {
             return;
         }
+        let path = self.path(series);
+        let published_len = std::fs::read_to_string(path.with_file_name(PUBLISHED_FILE)).ok();
+        let len = std::fs::metadata(&path).map(|m| m.len()).ok();
+        if len.is_some() && published_len.and_then(|text| text.trim().parse().ok()) == len {
+            return; // as it was when everything in it was published
+        }
         match self.reopen(series) {
-            Ok((journal, slices, published)) => {
-                let done = published.as_ref().is_some_and(|p| p.records >= journal.records);
+            Ok((journal, recovered)) => {
+                let ToAssembler::Recovered { slices, published, .. } = &recovered else { return };
+                let done = published.as_ref().is_some_and(|p| p.covered > journal.last_dataset);
                 if done || slices.is_empty() {
                     return;
                 }
                 self.open.insert(series.clone(), journal);
-                let _ = self.assembler.send(ToAssembler::Recovered { series: series.clone(), slices, published });
+                let _ = self.assembler.send(recovered);
             }
             Err(error) => incidents::JournalFailed { operation: "recover", detail: &error.to_string() }.emit(),
         }
@@ -519,7 +597,27 @@ impl JournalThread {
     fn resend(&mut self, series: &StudyHash) {
         self.open.remove(series);
         if let Err(error) = self.journal(series) {
+            // The assembler asks again.
             incidents::JournalFailed { operation: "resend", detail: &error.to_string() }.emit();
+        }
+    }
+
+    /// Deletes what retention has given up, unless something came since.
+    fn delete(&mut self, series: &StudyHash, not_after: SystemTime) {
+        let path = self.path(series);
+        let Ok(meta) = std::fs::metadata(&path) else { return };
+        if meta.modified().is_ok_and(|at| at > not_after) {
+            return;
+        }
+        self.open.remove(series);
+        let Some(folder) = path.parent() else { return };
+        match std::fs::remove_dir_all(folder) {
+            Ok(()) => {
+                let freed = meta.len();
+                let less = |total: u64| Some(total.saturating_sub(freed));
+                let _ = self.total_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+            }
+            Err(error) => incidents::JournalFailed { operation: "delete", detail: &error.kind().to_string() }.emit(),
         }
     }
 
@@ -538,9 +636,17 @@ impl JournalThread {
             if fsync {
                 journal.writer.sync()?;
             }
-            Ok(())
+            let all = note.covered > journal.last_dataset;
+            Ok(all.then(|| journal.writer.len()))
+        });
+        let marker = self.path(series).with_file_name(PUBLISHED_FILE);
+        let written = written.and_then(|len| match len {
+            // Only spares the next start a read of the journal; a torn one does not match the journal's length.
+            Some(len) => std::fs::write(&marker, len.to_string()).map_err(AppendError::Folder),
+            None => Ok(()),
         });
         if let Err(error) = written {
+            self.open.remove(series);
             // Without its note the series is judged again after a restart, with the same result and UIDs.
             incidents::JournalFailed { operation: "note", detail: &error.to_string() }.emit();
         }

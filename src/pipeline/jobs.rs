@@ -21,6 +21,8 @@ use crate::volume::store::VolumeFile;
 pub struct DecodeJob {
     /// The series.
     pub series: StudyHash,
+    /// Which stay of the series in memory this belongs to.
+    pub epoch: u64,
     /// Index of the entry in the series.
     pub entry: usize,
     /// Where the data set is.
@@ -45,10 +47,10 @@ pub enum DecodeTask {
         /// The in-plane plan of the slice's grid.
         plan: Arc<InPlanePlan>,
     },
-    /// Decode again and compare with this slot (the same SOPInstanceUID came with other bytes).
+    /// Decode again and compare with the first of its SOPInstanceUID, which came with other bytes.
     Compare {
-        /// The slot of the first of them.
-        slot: u32,
+        /// The slot of the first; `None` when the first cannot be decoded: then only one that cannot either is the same.
+        slot: Option<u32>,
     },
 }
 
@@ -57,6 +59,8 @@ pub enum DecodeTask {
 pub struct Decoded {
     /// The series.
     pub series: StudyHash,
+    /// Which stay of the series in memory this belongs to.
+    pub epoch: u64,
     /// Index of the entry in the series.
     pub entry: usize,
     /// The result.
@@ -103,6 +107,8 @@ pub struct SliceHandle {
 pub struct InferJob {
     /// The series.
     pub series: StudyHash,
+    /// Which stay of the series in memory this belongs to.
+    pub epoch: u64,
     /// Which content of the series this judges.
     pub version: u64,
     /// Geometry; its `order` is meaningless here, `slices` are ordered.
@@ -118,6 +124,8 @@ pub struct InferJob {
 pub struct InferDone {
     /// The series.
     pub series: StudyHash,
+    /// Which stay of the series in memory this belongs to.
+    pub epoch: u64,
     /// Which content of the series was judged.
     pub version: u64,
     /// The result; `Ok(None)` when cancelled.
@@ -167,6 +175,8 @@ pub struct Timing {
 pub struct PublishJob {
     /// The series.
     pub series: StudyHash,
+    /// Which stay of the series in memory this belongs to.
+    pub epoch: u64,
     /// Its study.
     pub study: StudyHash,
     /// Which content of the series this is.
@@ -177,8 +187,8 @@ pub struct PublishJob {
     pub header: Arc<SliceHeader>,
     /// Distinct objects.
     pub slices: usize,
-    /// Data set records in the journal that this covers.
-    pub records: u64,
+    /// Offset in the journal after the last record that this covers.
+    pub covered: u64,
     /// Whether two objects of one SOPInstanceUID differ.
     pub conflict: bool,
     /// Why the series was complete.
@@ -192,16 +202,16 @@ pub struct PublishJob {
 }
 
 /// An outcome that is in the store.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Published {
     /// The series.
     pub series: StudyHash,
+    /// Which stay of the series in memory this belongs to.
+    pub epoch: u64,
     /// Which content of the series it covers.
     pub version: u64,
     /// Revision of the outcome.
     pub revision: u32,
-    /// UID of the result; empty if the commit failed.
-    pub result_uid: String,
-    /// Whether the store has it.
-    pub committed: bool,
+    /// The job, when the store did not take it: to be offered again.
+    pub failed: Option<Box<PublishJob>>,
 }

@@ -32,7 +32,7 @@ use crate::model::{Model, ModelError};
 use crate::report::calibration::CalibrationError;
 use crate::report::outbox::Outbox;
 use crate::store::{Store, StoreError};
-use crate::telemetry::{HasherError, MetricsError, MetricsHandle, StudyHasher, events};
+use crate::telemetry::{HasherError, MetricsError, MetricsHandle, StudyHasher, events, incidents};
 use crate::web::{WebError, WebServer, WebState};
 
 use assembler::{Assembler, AssemblerChannels, AssemblerOptions};
@@ -51,8 +51,8 @@ const DECODE_QUEUE: usize = 64;
 const RESAMPLE_QUEUE: usize = 64;
 /// Answers to the assembler: above `DECODE_QUEUE + RESAMPLE_QUEUE` and the workers' hands, so workers rarely wait.
 const DECODED_QUEUE: usize = 512;
-/// Inference jobs waiting.
-const INFER_QUEUE: usize = 8;
+/// Inference jobs handed out: the assembler keeps the others, so that a complete series can go before a guess.
+const INFER_QUEUE: usize = 1;
 /// Outcomes waiting for the store.
 const PUBLISH_QUEUE: usize = 16;
 /// Wait for deliveries under way when the daemon stops; one not waited for is repeated after the next start.
@@ -130,14 +130,41 @@ impl Drop for EndGuard {
     }
 }
 
-/// The daemon, running.
-pub struct Daemon {
-    scp: Option<ScpServer>,
-    folder: Option<FolderWatcher>,
+/// The threads of the pipeline; dropping it ends them in the order of the data.
+struct Running {
     entrance: Option<Entrance>,
     journals: Option<Journals>,
     arrivals: Sender<ToAssembler>,
     threads: Vec<JoinHandle<()>>,
+    journal_threads: Vec<JoinHandle<()>>,
+    recover: Option<JoinHandle<()>>,
+    ended: Ended,
+}
+
+impl Running {
+    fn is_sound(&self) -> bool {
+        !self.ended.any() && !self.journal_threads.iter().any(JoinHandle::is_finished)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Journal threads end when the last handle to them is gone: these, the assembler's and the publisher's.
+        drop(self.entrance.take());
+        drop(self.journals.take());
+        let _ = self.arrivals.send(ToAssembler::Stop);
+        let threads = self.threads.drain(..).chain(self.recover.take()).chain(self.journal_threads.drain(..));
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The daemon, running.
+pub struct Daemon {
+    scp: Option<ScpServer>,
+    folder: Option<FolderWatcher>,
+    running: Option<Running>,
     outbox: Option<Arc<Outbox>>,
     web: Option<WebServer>,
     dicom_addr: SocketAddr,
@@ -262,17 +289,33 @@ impl Daemon {
             journals.clone(),
         );
         spawn("assemble".to_owned(), Box::new(move || assembler.run()))?;
-        threads.extend(journal_threads);
-
-        journals.recover_all(&series_dir).map_err(io("list the journals"))?;
         let entrance = Entrance::new(journals.clone(), hasher, arrivals_tx.clone(), &config.peers.trust_series_count);
+        let recovering = journals.clone();
+        let recover = std::thread::Builder::new()
+            .name("recover".to_owned())
+            .spawn(move || {
+                if let Err(error) = recovering.recover_all(&series_dir) {
+                    incidents::JournalFailed { operation: "recover", detail: &error.kind().to_string() }.emit();
+                }
+            })
+            .map_err(io("start a thread"))?;
+        // From here on an error stops what runs.
+        let running = Running {
+            entrance: Some(entrance.clone()),
+            journals: Some(journals),
+            arrivals: arrivals_tx,
+            threads,
+            journal_threads,
+            recover: Some(recover),
+            ended,
+        };
         let scp = ScpServer::bind(&config.dicom, Arc::new(StoreFactory::new(entrance.clone())))?;
         let folder = FolderWatcher::start(&config.folder, &entrance, config.dicom.max_object_bytes)?;
         let web = WebServer::start(
             &config.web,
             WebState {
                 metrics,
-                readiness: pages::readiness(&data_dir, &ended, backend_note),
+                readiness: pages::readiness(&data_dir, &running.ended, backend_note),
                 store: store.clone(),
                 extra: Some(pages::router(&results_dir)),
             },
@@ -290,10 +333,7 @@ impl Daemon {
             web_addr: web.local_addr(),
             scp: Some(scp),
             folder,
-            entrance: Some(entrance),
-            journals: Some(journals),
-            arrivals: arrivals_tx,
-            threads,
+            running: Some(running),
             outbox: Some(outbox),
             web: Some(web),
             data_dir,
@@ -323,12 +363,14 @@ impl Daemon {
 
     /// Whether every thread of the pipeline still runs.
     pub fn is_sound(&self) -> bool {
-        !self.threads.iter().any(JoinHandle::is_finished)
+        self.running.as_ref().is_some_and(Running::is_sound)
     }
 
     /// Takes every open series as complete, whatever the completion rules say.
     pub fn flush(&self) {
-        let _ = self.arrivals.send(ToAssembler::Flush);
+        if let Some(running) = &self.running {
+            let _ = running.arrivals.send(ToAssembler::Flush);
+        }
     }
 
     /// Ends in the order of the data: associations get `drain` to finish their object, what is journalled stays for
@@ -338,12 +380,7 @@ impl Daemon {
             scp.shutdown(drain);
         }
         drop(self.folder.take());
-        drop(self.entrance.take());
-        drop(self.journals.take());
-        let _ = self.arrivals.send(ToAssembler::Stop);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        drop(self.running.take());
         if let Some(outbox) = self.outbox.take() {
             // The publisher's handle went with its thread.
             if let Some(outbox) = Arc::into_inner(outbox) {

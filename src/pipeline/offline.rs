@@ -18,7 +18,7 @@ use crate::dicom::decode::PixelDecoder;
 use crate::dicom::header::{self, ObjectClass, SliceHeader};
 use crate::dicom::part10::read_part10;
 use crate::engine::CancelToken;
-use crate::pipeline::series::{SliceFacts, select};
+use crate::pipeline::series::{SliceFacts, facts, select};
 use crate::pipeline::workers::{Judge, Judged, VolumeToJudge};
 use crate::resample::lung::{LungCheck, SliceLung};
 use crate::telemetry::{StudyHash, StudyHasher};
@@ -261,7 +261,7 @@ fn judge_dicom(
     }
     let decoded: Vec<(Option<Refusal>, Vec<i16>)> = files
         .par_iter()
-        .map_init(PixelDecoder::new, |decoder, (path, header)| match decode_file(decoder, path, header) {
+        .map_init(PixelDecoder::new, |decoder, (path, header)| match decode_file(decoder, path, header, limits) {
             Ok(hu) => (None, hu),
             Err(refusal) => (Some(refusal), Vec::new()),
         })
@@ -273,44 +273,63 @@ fn judge_dicom(
     let mut distinct = Vec::with_capacity(slices);
     for copies in by_uid.values() {
         let first = copies[0];
-        if copies.iter().any(|&c| decoded[c].1 != decoded[first].1) {
+        let differs = |&c: &usize| decoded[c].1 != decoded[first].1 || !files[c].1.same_object(&files[first].1);
+        if copies.iter().any(differs) {
             let detail = "one SOPInstanceUID has files with different pixels; keep one of them";
             return done(Err(Refusal::new(Reason::DuplicateConflict, detail)), Vec::new(), 0.0);
         }
         distinct.push(first);
     }
-    let facts: Vec<SliceFacts> = distinct
+    let found: Vec<SliceFacts> = distinct
         .iter()
         .map(|&i| SliceFacts { header: Arc::clone(&files[i].1), refusal: decoded[i].0.clone() })
         .collect();
-    let selection = match select(&facts, limits) {
+    let selection = match select(&found, limits) {
         Ok(selection) => selection,
         Err(refusal) => return done(Err(refusal), Vec::new(), 0.0),
     };
     let mut decoded = decoded;
     let hu: Vec<Vec<i16>> = selection.ordered.iter().map(|&k| std::mem::take(&mut decoded[distinct[k]].1)).collect();
+    let spacing = |k: &usize| {
+        let geometry = files[distinct[*k]].1.geometry.as_ref();
+        geometry.map_or(selection.stack.pixel_spacing_mm, |g| g.pixel_spacing_mm)
+    };
+    let spacings: Vec<[f64; 2]> = selection.ordered.iter().map(spacing).collect();
     drop(decoded);
     let started = Instant::now();
-    let result = judge_stack(judge, selection.stack, hu);
+    let result = judge_stack(judge, selection.stack, hu, &spacings);
     done(result, selection.notes, started.elapsed().as_secs_f64())
 }
 
-fn decode_file(decoder: &mut PixelDecoder, path: &Path, header: &SliceHeader) -> Result<Vec<i16>, Refusal> {
-    header::judge(header)?;
+fn decode_file(
+    decoder: &mut PixelDecoder,
+    path: &Path,
+    header: &Arc<SliceHeader>,
+    limits: &GeometryLimits,
+) -> Result<Vec<i16>, Refusal> {
+    if let Some(refusal) = facts(header, limits).refusal {
+        return Err(refusal);
+    }
     let geometry = header.geometry.as_ref().map_err(Clone::clone)?;
-    geometry.validate()?;
     let file = read_part10(path, MAX_FILE_BYTES).map_err(|e| Refusal::new(Reason::Undecodable, e.to_string()))?;
     let mut hu = vec![0i16; geometry.rows as usize * geometry.columns as usize];
     decoder.decode_hu(&file.bytes[file.dataset_offset..], &file.transfer_syntax_uid, header, &mut hu)?;
     Ok(hu)
 }
 
-fn judge_stack(judge: &mut Judge, stack: Stack, hu: Vec<Vec<i16>>) -> Result<Box<JudgedSeries>, Refusal> {
+/// `spacings` is PixelSpacing of each slice: within the tolerance of one grid, but the lung check takes it as stated.
+fn judge_stack(
+    judge: &mut Judge,
+    stack: Stack,
+    hu: Vec<Vec<i16>>,
+    spacings: &[[f64; 2]],
+) -> Result<Box<JudgedSeries>, Refusal> {
     let lung: Vec<SliceLung> = hu
         .par_iter()
+        .zip(spacings)
         .map_init(
             || LungCheck::new(stack.rows, stack.columns),
-            |check, slice| check.slice_stats(slice, stack.pixel_spacing_mm),
+            |check, (slice, spacing)| check.slice_stats(slice, *spacing),
         )
         .collect();
     let slices: Vec<&[i16]> = hu.iter().map(Vec::as_slice).collect();
@@ -344,7 +363,8 @@ fn judge_loaded(
             let mut pixels: Vec<Option<Vec<i16>>> = loaded.hu.into_iter().map(Some).collect();
             let result = build_stack(&loaded.geometry, limits).and_then(|stack| {
                 let hu = stack.order.iter().map(|&k| pixels[k as usize].take().unwrap_or_default()).collect();
-                judge_stack(judge, stack, hu)
+                let spacings = vec![stack.pixel_spacing_mm; stack.order.len()];
+                judge_stack(judge, stack, hu, &spacings)
             });
             (result, slices, loaded.notes)
         }

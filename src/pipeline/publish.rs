@@ -9,7 +9,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use serde::{Deserialize, Serialize};
@@ -275,6 +275,7 @@ impl Setup {
             metrics,
             results_dir: self.results_dir.clone(),
             series_dir: self.series_dir,
+            journals: journals.clone(),
             retention_days: self.retention_days,
         };
         let publisher = Publisher {
@@ -381,25 +382,25 @@ impl Publisher {
         let started = Instant::now();
         let mut message = Published {
             series: job.series.clone(),
+            epoch: job.epoch,
             version: job.version,
             revision: job.revision,
-            result_uid: String::new(),
-            committed: false,
+            failed: None,
         };
         let report = self.report(&mut job);
         let committed = match self.commit(&job, &report) {
             Ok(committed) => committed,
             Err(error) => {
                 incidents::CommitFailed { series: &job.series, detail: &error.to_string() }.emit();
+                job.notes = report.quality;
+                message.failed = Some(Box::new(job));
                 return message;
             }
         };
         let last_slice_to_alert = job.timing.last_pdata_at.elapsed();
         self.outbox.kick();
         events::StageTimed { stage: Stage::Publish, took: started.elapsed() }.emit();
-        message.committed = true;
         message.revision = committed.revision;
-        message.result_uid.clone_from(&committed.document.result_uid);
         if committed.fresh {
             events::OutcomePublished {
                 study: &job.study,
@@ -420,7 +421,7 @@ impl Publisher {
             job.series.clone(),
             PublishedNote {
                 revision: committed.revision,
-                records: job.records,
+                covered: job.covered,
                 distinct: job.slices as u64,
                 conflict: job.conflict,
                 result_uid: committed.document.result_uid.clone(),
@@ -612,6 +613,7 @@ pub struct Renderer {
     metrics: MetricsHandle,
     results_dir: PathBuf,
     series_dir: PathBuf,
+    journals: Journals,
     retention_days: u32,
 }
 
@@ -672,14 +674,37 @@ impl Renderer {
         explain_series(&job.dir, &input, &self.options).map(drop).map_err(|e| e.to_string())
     }
 
+    /// Folders of which the store knows nothing (any more): a crash came between the store and the disk.
+    fn remove_orphans(&self, not_after: SystemTime) {
+        for root in [&self.series_dir, &self.results_dir] {
+            let Ok(entries) = std::fs::read_dir(root) else { continue };
+            for entry in entries.flatten() {
+                let old = entry.metadata().and_then(|m| m.modified()).is_ok_and(|at| at <= not_after);
+                let name = entry.file_name();
+                let Some(series) = name.to_str().and_then(|n| StudyHash::parse(n).ok()) else { continue };
+                if !old || !matches!(self.store.latest_result(&series), Ok(None)) {
+                    continue;
+                }
+                if root == &self.results_dir {
+                    let _ = std::fs::remove_dir_all(entry.path());
+                } else {
+                    self.journals.delete(series, not_after);
+                }
+            }
+        }
+    }
+
     fn remove_old(&mut self) {
         let now = unix_ms();
-        let cutoff = now - i64::from(self.retention_days) * 24 * 3600 * 1000;
+        let age = Duration::from_secs(u64::from(self.retention_days) * 24 * 3600);
+        let cutoff = now - age.as_millis() as i64;
+        let Some(not_after) = SystemTime::now().checked_sub(age) else { return };
+        self.remove_orphans(not_after);
         match self.store.delete_older_than(cutoff, now) {
             Ok(report) => {
-                for series in &report.series {
-                    let _ = std::fs::remove_dir_all(self.series_dir.join(series.as_str()));
+                for series in report.series {
                     let _ = std::fs::remove_dir_all(self.results_dir.join(series.as_str()));
+                    self.journals.delete(series, not_after);
                 }
                 incidents::RetentionDone { studies: report.studies, kept: report.kept_for_outbox }.emit();
             }

@@ -9,13 +9,16 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::dicom::header::SliceHeader;
+use crate::dicom::header::{self, SliceHeader};
 use crate::volume::geometry::{GeometryLimits, Stack, build_stack};
 use crate::volume::refusal::{Reason, Refusal};
 
 /// Largest share of well-formed slices that may be left out because they lie on another grid than the rest.
 /// One stray slice in a 20-slice series is 5 %; a second reconstruction mixed in is far above.
 pub const MAX_STRAY_SHARE: f64 = 0.10;
+
+/// Different grids (size and orientation) one series may hold. A series has one; a scout makes two.
+pub const MAX_GRIDS: usize = 4;
 
 /// What is known of one distinct object of a series.
 #[derive(Clone, Debug)]
@@ -24,6 +27,16 @@ pub struct SliceFacts {
     pub header: Arc<SliceHeader>,
     /// Why this object alone cannot be part of a volume, if so.
     pub refusal: Option<Refusal>,
+}
+
+/// What the header alone says of an object; decoding may add a refusal.
+pub fn facts(header: &Arc<SliceHeader>, limits: &GeometryLimits) -> SliceFacts {
+    let judged = header::judge(header).and_then(|()| {
+        let geometry = header.geometry.as_ref().map_err(Clone::clone)?;
+        geometry.validate()?;
+        geometry.in_plane_orientation(limits).map(drop)
+    });
+    SliceFacts { header: Arc::clone(header), refusal: judged.err() }
 }
 
 /// The slices that make the volume.
@@ -42,7 +55,8 @@ pub struct Selection {
 /// # Errors
 /// The refusal of the series: the commonest per-object refusal when no object is fit; `undecodable` or `internal`
 /// when a CT slice was lost to decoding (its absence would be a hole); `inconsistent_geometry` when more than
-/// [`MAX_STRAY_SHARE`] of the slices lie on another grid; and whatever [`build_stack`] finds.
+/// [`MAX_STRAY_SHARE`] of the CT slices lie on another grid or have no usable geometry, or when there are more than
+/// [`MAX_GRIDS`] grids; and whatever [`build_stack`] finds.
 pub fn select(facts: &[SliceFacts], limits: &GeometryLimits) -> Result<Selection, Refusal> {
     if facts.is_empty() {
         return Err(Refusal::new(
@@ -81,12 +95,20 @@ pub fn select(facts: &[SliceFacts], limits: &GeometryLimits) -> Result<Selection
     let mut notes: Vec<String> =
         refused.iter().map(|(reason, (n, _))| format!("{n} of {total} objects left out ({reason})")).collect();
 
+    let geometry =
+        |i: usize| facts[i].header.geometry.as_ref().expect("a slice without geometry is refused by facts()");
+    let mut grids = Vec::new();
     for &i in &fit {
-        if let Err(refusal) = &facts[i].header.geometry {
-            return Err(refusal.clone());
+        let g = geometry(i);
+        let grid = (g.rows, g.columns, g.in_plane_orientation(limits)?);
+        if !grids.contains(&grid) {
+            grids.push(grid);
         }
     }
-    let geometry = |i: usize| facts[i].header.geometry.as_ref().expect("checked above");
+    if grids.len() > MAX_GRIDS {
+        let detail = format!("expected one grid, got {} sizes or orientations", grids.len());
+        return Err(Refusal::new(Reason::InconsistentGeometry, detail));
+    }
     let mut groups: Vec<Vec<usize>> = Vec::new();
     for &i in &fit {
         match groups.iter_mut().find(|g| geometry(g[0]).same_stack(geometry(i))) {
@@ -98,13 +120,17 @@ pub fn select(facts: &[SliceFacts], limits: &GeometryLimits) -> Result<Selection
         groups.iter().enumerate().max_by_key(|(at, g)| (g.len(), std::cmp::Reverse(*at))).expect("fit is not empty").0;
     let members = groups.swap_remove(largest);
     let strays = fit.len() - members.len();
-    if strays as f64 > MAX_STRAY_SHARE * fit.len() as f64 {
+    // A CT slice without usable geometry may be a missing part of the volume just as well.
+    let unplaced: usize =
+        [Reason::NotAxial, Reason::InconsistentGeometry].iter().filter_map(|r| refused.get(r)).map(|(n, _)| n).sum();
+    let slices = fit.len() + unplaced;
+    if (strays + unplaced) as f64 > MAX_STRAY_SHARE * slices as f64 {
         return Err(Refusal::new(
             Reason::InconsistentGeometry,
             format!(
-                "expected one grid (Rows, Columns, PixelSpacing, ImageOrientationPatient), got {} among {} slices",
+                "expected one grid (Rows, Columns, PixelSpacing, ImageOrientationPatient), got {} among {slices} slices, \
+                 and {unplaced} without a usable one",
                 groups.len() + 1,
-                fit.len()
             ),
         ));
     }

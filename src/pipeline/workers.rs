@@ -60,9 +60,18 @@ pub fn decode_worker(jobs: &Receiver<DecodeJob>, resample: &Sender<ResampleJob>,
                 continue;
             }
             Ok(Step::Compared(result)) => Ok(result),
+            // The first of them is sound whatever happened to its repeat.
+            Err(_) if matches!(job.task, DecodeTask::Compare { .. }) => Ok(DecodedSlice::Different),
             Err(refusal) => Err(refusal),
         };
-        let message = Decoded { series: job.series, entry: job.entry, result: answer, decode_s, resample_s: 0.0 };
+        let message = Decoded {
+            series: job.series,
+            epoch: job.epoch,
+            entry: job.entry,
+            result: answer,
+            decode_s,
+            resample_s: 0.0,
+        };
         if decoded.send(message).is_err() {
             return;
         }
@@ -95,12 +104,14 @@ fn decode(
             Ok(Step::Resample { plan: Arc::clone(plan), slot: index })
         }
         DecodeTask::Compare { slot } => {
-            let first = slot_pixels(&job.volume, *slot)?;
             again.clear();
-            again.resize(first.len(), 0);
-            // A repeat that cannot be decoded differs from the first as far as anyone can tell.
-            let same =
-                decoder.decode_hu(payload, &job.transfer_syntax_uid, &job.header, again).is_ok() && again == first;
+            again.resize(job.volume.rows() as usize * job.volume.columns() as usize, 0);
+            let decoded = decoder.decode_hu(payload, &job.transfer_syntax_uid, &job.header, again).is_ok();
+            // One that can be decoded and one that cannot differ, whichever came first.
+            let same = match slot {
+                Some(slot) => decoded && again == slot_pixels(&job.volume, *slot)?,
+                None => !decoded,
+            };
             Ok(Step::Compared(if same { DecodedSlice::Same } else { DecodedSlice::Different }))
         }
     }
@@ -134,8 +145,14 @@ pub fn resample_worker(jobs: &Receiver<ResampleJob>, decoded: &Sender<Decoded>, 
         });
         let resample_s = started.elapsed().as_secs_f64();
         events::StageTimed { stage: Stage::Resample, took: Duration::from_secs_f64(resample_s) }.emit();
-        let message =
-            Decoded { series: job.decode.series, entry: job.decode.entry, result, decode_s: job.decode_s, resample_s };
+        let message = Decoded {
+            series: job.decode.series,
+            epoch: job.decode.epoch,
+            entry: job.decode.entry,
+            result,
+            decode_s: job.decode_s,
+            resample_s,
+        };
         if decoded.send(message).is_err() {
             return;
         }
@@ -332,7 +349,7 @@ pub fn predicted(logits: &[f32]) -> usize {
 pub fn infer_worker(jobs: &Receiver<InferJob>, done: &Sender<InferDone>, mut judge: Judge) {
     while let Ok(job) = jobs.recv() {
         let result = contained(|| infer_one(&mut judge, &job));
-        if done.send(InferDone { series: job.series, version: job.version, result }).is_err() {
+        if done.send(InferDone { series: job.series, epoch: job.epoch, version: job.version, result }).is_err() {
             return;
         }
     }

@@ -141,6 +141,13 @@ impl Completion {
         }
     }
 
+    /// A slice that is there already came again over `association`: the sender is still at work, so what waits for
+    /// it waits on. Does not count.
+    pub fn touch(&mut self, association: u64, now_ns: u64) {
+        self.last_slice_ns = self.advance(now_ns);
+        self.open.insert(association);
+    }
+
     /// `association` was released, aborted or lost. Of no effect when it brought no slice of this series.
     pub fn released(&mut self, association: u64, now_ns: u64) {
         let now_ns = self.advance(now_ns);

@@ -260,6 +260,10 @@ pub struct JournalWriter {
     ahead: u64,
     poisoned: bool,
     dirty: bool,
+    /// Length at the last sync; what was there when the file was opened counts as synced.
+    synced_len: u64,
+    /// After a failed sync: whether what was not synced is gone from the file.
+    untouched: bool,
     head: Vec<u8>,
     recovery: Recovery,
     #[cfg(test)]
@@ -317,8 +321,9 @@ impl JournalWriter {
         let scan = scan(&file, file_len)?;
         if file_len > scan.end {
             file.set_len(scan.end).map_err(|e| JournalError::io("cut", e))?;
-            file.sync_data().map_err(|e| JournalError::io("sync", e))?;
         }
+        // A process that was killed may have left records that it never synced; from here on they count as kept.
+        file.sync_data().map_err(|e| JournalError::io("sync", e))?;
         Ok((Self::new(file, scan.journal_id, scan.end, scan.next_sequence, scan.recovery), scan.records))
     }
 
@@ -332,6 +337,8 @@ impl JournalWriter {
             ahead: PREALLOCATE_LEN,
             poisoned: false,
             dirty: false,
+            synced_len: len,
+            untouched: true,
             head: Vec::with_capacity(RECORD_HEAD_LEN + 3 * MAX_UID_LEN + ALIGN),
             recovery,
             #[cfg(test)]
@@ -397,6 +404,11 @@ impl JournalWriter {
     }
 
     /// Cuts the file back to its records. Also drops the space taken ahead, which the next append asks for again.
+    /// After a failed sync: whether the file holds nothing that was not synced, so that it may be opened again.
+    pub fn was_cut_back(&self) -> bool {
+        self.untouched
+    }
+
     fn restore(&mut self) {
         self.allocated = self.len;
         if self.file.set_len(self.len).is_err() {
@@ -431,7 +443,8 @@ impl JournalWriter {
     /// Makes all appended records durable (`fdatasync`). Only after it may they be acknowledged.
     ///
     /// # Errors
-    /// `Io` or `NoSpace`: what is on the disk is not known; every later call says `Poisoned`.
+    /// `Io` or `NoSpace`: what is on the disk is not known; every later call says `Poisoned`. The file is cut back to
+    /// what was synced before; [`JournalWriter::was_cut_back`] says whether that worked.
     pub fn sync(&mut self) -> Result<(), JournalError> {
         if self.poisoned {
             return Err(JournalError::Poisoned);
@@ -441,9 +454,13 @@ impl JournalWriter {
         }
         if let Err(source) = self.file.sync_data() {
             self.poisoned = true;
+            // What was not synced was not acknowledged: it must not be found by whoever opens the file next, or a
+            // sender that tries again would be told that it is there already.
+            self.untouched = self.file.set_len(self.synced_len).is_ok();
             return Err(JournalError::io("sync", source));
         }
         self.dirty = false;
+        self.synced_len = self.len;
         Ok(())
     }
 
