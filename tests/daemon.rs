@@ -152,16 +152,8 @@ fn taken_files_are_deleted_and_a_second_series_follows() {
 
 // ---- planted identifiers
 
-const PLANTED: [&str; 8] = [
-    "zebrafish",
-    "quagmire",
-    "xq-planted",
-    "acc55512345",
-    "19330417",
-    "1.2.826.0.1.999",
-    "plantedaet",
-    "wombat",
-];
+const PLANTED: [&str; 8] =
+    ["zebrafish", "quagmire", "xq-planted", "acc55512345", "19330417", "1.2.826.0.1.999", "plantedaet", "wombat"];
 
 fn plant(k: usize, object: &mut DefaultDicomObject) {
     let class = object.element(tags::SOP_CLASS_UID).unwrap().to_str().unwrap().into_owned();
@@ -294,9 +286,8 @@ fn metrics_health_and_readiness_after_a_series() {
     let daemon = Daemon::start("[assembly]\ngrace_ms = 300\n");
     push(&daemon, &series.files);
     daemon.wait_results(1, 60);
-    daemon.wait_until("the pictures are timed", 30, |d| {
-        d.metric("darnet_stage_seconds_count{stage=\"explain\"}") >= 2.0
-    });
+    daemon
+        .wait_until("the pictures are timed", 30, |d| d.metric("darnet_stage_seconds_count{stage=\"explain\"}") >= 2.0);
     let (status, text) = daemon.get("/metrics");
     assert_eq!(status, 200);
     let mut child = Command::new(promtool)
@@ -324,7 +315,8 @@ fn metrics_health_and_readiness_after_a_series() {
         let count = daemon.metric(&format!("darnet_stage_seconds_count{{stage=\"{stage}\"}}"));
         assert!(count >= at_least, "{stage}: {count}");
         let sum = daemon.metric(&format!("darnet_stage_seconds_sum{{stage=\"{stage}\"}}"));
-        assert!(sum > 0.0 && sum < 120.0, "{stage}: {sum} s");
+        // A small slice comes in one read: no time between its first and last byte.
+        assert!((sum > 0.0 || stage == "ingest") && (0.0..120.0).contains(&sum), "{stage}: {sum} s");
     }
     assert_eq!(daemon.metric("darnet_last_slice_to_alert_seconds_count"), 1.0);
     let alert = daemon.metric("darnet_last_slice_to_alert_seconds_sum");
@@ -527,8 +519,7 @@ def ask(calling="PEER", called="DARNET"):
     p = assoc.acceptor.primitive
     return assoc, f"{p.result}/{p.result_source}/{p.diagnostic}"
 "#;
-    let (code, out, err) =
-        run(Command::new(python()).args(["-c", &format!("{head}{script}"), daemon.dicom_port()]));
+    let (code, out, err) = run(Command::new(python()).args(["-c", &format!("{head}{script}"), daemon.dicom_port()]));
     assert_eq!(code, 0, "{out}{err}");
     out.trim().to_owned()
 }
@@ -565,9 +556,11 @@ print(*said)
 "#;
     assert_eq!(pynetdicom(&daemon, script), "accepted accepted 1/1/7 1/1/3");
     let echoscu = require("echoscu", "apt-get install dcmtk");
-    let (code, _, _) = run(Command::new(&echoscu).args(["-aet", "ARCHIVE", "-aec", "TRIAGE", "127.0.0.1", daemon.dicom_port()]));
+    let (code, _, _) =
+        run(Command::new(&echoscu).args(["-aet", "ARCHIVE", "-aec", "TRIAGE", "127.0.0.1", daemon.dicom_port()]));
     assert_eq!(code, 0);
-    let (code, _, err) = run(Command::new(&echoscu).args(["-aet", "ARCHIVE", "-aec", "OTHER", "127.0.0.1", daemon.dicom_port()]));
+    let (code, _, err) =
+        run(Command::new(&echoscu).args(["-aet", "ARCHIVE", "-aec", "OTHER", "127.0.0.1", daemon.dicom_port()]));
     assert_ne!(code, 0);
     assert!(err.contains("Called AE Title Not Recognized"), "{err}");
     assert_eq!(daemon.metric("darnet_association_rejects_total{reason=\"called_ae_title\"}"), 2.0);
@@ -587,7 +580,7 @@ fn only_a_trusted_senders_count_completes_a_series() {
         let options = SendOptions { calling_ae_title: title.to_owned(), ..options(&daemon) };
         assert_eq!(send(&files, &options, &mut |_| {}).unwrap().stored, 40);
         let result = daemon.wait_results(1, 60).remove(0);
-        assert_eq!(result["completion_cause"], cause, "{title}: {result}");
+        assert_eq!(result["completion"]["cause"], cause, "{title}: {result}");
         let wait_ms = result["latency"]["completion_wait_ms"].as_f64().unwrap();
         if cause == "declared" {
             assert!(wait_ms < 4000.0, "{title}: {wait_ms} ms");
@@ -678,18 +671,23 @@ fn a_real_head_is_refused_and_a_real_chest_is_judged() {
 #[test]
 fn enhanced_ct_and_lossy_12_bit_jpeg_end_as_no_result_with_a_reason() {
     let Some(dir) = real_data("encodings.tar.xz") else { return };
-    for (n, name) in ["eCT_Supplemental.dcm", "lidc0350.jpegext12.dcm"].iter().enumerate() {
-        let daemon = Daemon::start("[assembly]\ngrace_ms = 300\n");
-        let file = files_below(dir.path(), |p| p.ends_with(name));
-        assert_eq!(file.len(), 1, "{name}");
-        push(&daemon, &file);
-        let result = daemon.wait_results(1, 60).remove(0);
-        println!("{n} {name}: {} {}", result["reason"], result["detail"]);
-        assert_eq!(result["outcome"], "no_result", "{name}: {result}");
-        assert_eq!(result["reason"], "undecodable", "{name}: {result}");
-        assert!(!result["detail"].as_str().unwrap().is_empty(), "{name}");
-        assert_eq!(daemon.get("/healthz").0, 200);
+    let named = |name: &str| files_below(dir.path(), |p| p.ends_with(name));
+    let (enhanced, lossy) = (named("eCT_Supplemental.dcm"), named("lidc0350.jpegext12.dcm"));
+    assert_eq!((enhanced.len(), lossy.len()), (1, 1));
+    let inbox = tempfile::tempdir().unwrap();
+    let daemon = watching(inbox.path(), "leave");
+    push(&daemon, &enhanced);
+    // No association takes lossy JPEG of 12 bits: a sender converts it or says so. A file may still hold it.
+    assert_eq!(try_push(&daemon, &lossy).statuses, [SendStatus::NotAccepted]);
+    copy_in(&lossy, inbox.path());
+    let results = daemon.wait_results(2, 60);
+    for result in &results {
+        println!("{} {}", result["reason"], result["detail"]);
+        assert_eq!(result["outcome"], "no_result", "{result}");
+        assert_eq!(result["reason"], "undecodable", "{result}");
+        assert!(!result["detail"].as_str().unwrap().is_empty(), "{result}");
     }
+    assert_eq!(daemon.get("/healthz").0, 200);
 }
 
 // ---- out of space

@@ -11,7 +11,7 @@
 //!
 //! Deliberately absent: pixels, files, the network.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,7 @@ use crate::pipeline::planes::SharedPlane;
 use crate::pipeline::series::{Selection, SliceFacts, select};
 use crate::resample::lung::SliceLung;
 use crate::resample::plan::InPlanePlan;
+use crate::telemetry::events::Stage;
 use crate::telemetry::{StudyHash, events, incidents};
 use crate::volume::completion::{Cause, Completion, CompletionRules, Progress};
 use crate::volume::geometry::{GeometryLimits, InPlaneOrientation, SliceGeometry};
@@ -152,6 +153,8 @@ struct Series {
     decode_s: f64,
     resample_s: f64,
     hint: Option<u64>,
+    /// A slice came since the series was last read back: what was lost to a fault of this machine is tried once more.
+    retry_lost: bool,
 }
 
 /// The assembler.
@@ -163,6 +166,8 @@ pub struct Assembler {
     series: HashMap<StudyHash, Series>,
     /// Series whose content is in the journal only, and whether it was asked for.
     deferred: BTreeMap<StudyHash, bool>,
+    /// Complete series among the deferred ones: they wait for the grace time again, not for the idle bound.
+    reread: BTreeSet<StudyHash>,
     backlog: VecDeque<DecodeJob>,
     publish_backlog: VecDeque<PublishJob>,
 }
@@ -177,6 +182,7 @@ impl Assembler {
             started: Instant::now(),
             series: HashMap::new(),
             deferred: BTreeMap::new(),
+            reread: BTreeSet::new(),
             backlog: VecDeque::new(),
             publish_backlog: VecDeque::new(),
         }
@@ -204,7 +210,9 @@ impl Assembler {
                 Event::Arrival(ToAssembler::Slice(arrival)) => {
                     let series = arrival.series.clone();
                     if self.series.contains_key(&series) || (arrival.ordinal == 0 && self.make_room()) {
+                        let started = Instant::now();
                         self.arrival(*arrival);
+                        events::StageTimed { stage: Stage::Assemble, took: started.elapsed() }.emit();
                     } else {
                         self.deferred.entry(series.clone()).or_insert(false);
                     }
@@ -378,6 +386,7 @@ impl Assembler {
                 decode_s: 0.0,
                 resample_s: 0.0,
                 hint: None,
+                retry_lost: false,
             },
         );
     }
@@ -396,6 +405,13 @@ impl Assembler {
         let total = slices.last().map_or(0, |last| last.ordinal + 1);
         for arrival in slices {
             self.arrival(arrival);
+        }
+        let now = self.now_ns();
+        if self.reread.remove(key)
+            && let Some(series) = self.series.get_mut(key)
+        {
+            series.recovered_open = false;
+            series.completion.released(RECOVERED, now);
         }
         if let (Some(note), Some(series)) = (published, self.series.get_mut(key)) {
             series.revision = note.revision;
@@ -426,6 +442,7 @@ impl Assembler {
             series.recovered_open = false;
             series.completion.released(RECOVERED, now);
         }
+        series.retry_lost |= !recovered;
         if let Some(&first) = series.by_sop.get(&arrival.header.sop_instance_uid) {
             series.repeats.push(Repeat {
                 ordinal: arrival.ordinal,
@@ -539,10 +556,7 @@ impl Assembler {
                 entry.lung = Some(lung);
             }
             Ok(DecodedSlice::Same) => {}
-            Ok(DecodedSlice::Different) => {
-                series.conflict = true;
-                series.changed(&key);
-            }
+            Ok(DecodedSlice::Different) => series.conflicting(&key),
             Err(refusal) => series.entries[decoded.entry].facts.refusal = Some(refusal),
         }
         key
@@ -591,8 +605,7 @@ impl Assembler {
                     let same_size = repeat.header.rows == series.grids[grid].rows
                         && repeat.header.columns == series.grids[grid].columns;
                     if !same_size {
-                        series.conflict = true;
-                        series.changed(key);
+                        series.conflicting(key);
                         continue;
                     }
                     series.in_flight += 1;
@@ -684,6 +697,11 @@ impl Assembler {
                     pending: Some(pending),
                 }
             }
+            Err(refusal) if complete && refusal.reason == Reason::Internal && series.retry_lost => {
+                // A full disk may have space again: everything is in the journal, so start from there, once.
+                self.reread(key);
+                return;
+            }
             Err(refusal) if complete => Job {
                 version,
                 cancel: Arc::new(CancelToken::new()),
@@ -741,6 +759,14 @@ impl Assembler {
         self.drain_backlogs();
     }
 
+    /// Lets a complete series go and reads it back from its journal.
+    fn reread(&mut self, key: &StudyHash) {
+        self.series.remove(key);
+        self.deferred.insert(key.clone(), false);
+        self.reread.insert(key.clone());
+        self.drain_backlogs();
+    }
+
     fn retire(&mut self, key: &StudyHash) {
         if self.series.remove(key).is_some() {
             self.journals.close(key.clone());
@@ -759,6 +785,13 @@ enum Event {
 }
 
 impl Series {
+    /// A repeat has other pixels than the first.
+    fn conflicting(&mut self, key: &StudyHash) {
+        events::SliceDuplicate { series: key, conflict: true }.emit();
+        self.conflict = true;
+        self.changed(key);
+    }
+
     /// The content changed: what was inferred of it is void.
     fn changed(&mut self, key: &StudyHash) {
         self.version += 1;

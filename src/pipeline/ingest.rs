@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use serde::{Deserialize, Serialize};
@@ -38,6 +38,8 @@ pub const GROUP_COMMIT: usize = 64;
 pub const JOURNAL_QUEUE: usize = 64;
 /// File name of a series' journal inside its folder.
 pub const JOURNAL_FILE: &str = "journal";
+/// Least time between two counts of the bytes of all journals, which retention makes fewer.
+const RECOUNT: Duration = Duration::from_secs(1);
 /// Open journals of one thread; the least recently used is closed beyond it (it is reopened when needed).
 pub const MAX_OPEN_JOURNALS: usize = 256;
 
@@ -181,6 +183,7 @@ impl Journals {
                 uses: 0,
                 assembler: assembler.clone(),
                 total_bytes: Arc::clone(&total_bytes),
+                recounted: None,
             };
             handles.push(std::thread::Builder::new().name(format!("journal-{n}")).spawn(move || worker.run(&rx))?);
             queues.push(tx);
@@ -268,6 +271,7 @@ struct JournalThread {
     uses: u64,
     assembler: Sender<ToAssembler>,
     total_bytes: Arc<AtomicU64>,
+    recounted: Option<Instant>,
 }
 
 struct Appended {
@@ -366,6 +370,7 @@ impl JournalThread {
         let max_total = self.options.max_total_bytes;
         let max_records = self.options.max_records_per_series;
         let total = Arc::clone(&self.total_bytes);
+        let has_room = self.has_room(size);
         let journal = self.journal(&request.series)?;
         if let Some(earlier) = journal.seen.get(&request.header.sop_instance_uid) {
             let mut stored = Vec::new();
@@ -379,7 +384,7 @@ impl JournalThread {
         if journal.records >= max_records {
             return Err(AppendError::Bound(format!("series holds its limit of {max_records} objects")));
         }
-        if total.load(Ordering::Relaxed).saturating_add(size) > max_total {
+        if !has_room {
             return Err(AppendError::Bound(format!("journals hold their limit of {max_total} bytes")));
         }
         let head = RecordHead {
@@ -406,6 +411,19 @@ impl JournalThread {
             ordinal,
             count_is_declared: request.count_is_declared,
         })))
+    }
+
+    /// Whether `size` more bytes keep the bound of all journals. Before it says no it counts what retention has left.
+    fn has_room(&mut self, size: u64) -> bool {
+        let fits = |total: u64| total.saturating_add(size) <= self.options.max_total_bytes;
+        if fits(self.total_bytes.load(Ordering::Relaxed)) {
+            return true;
+        }
+        if self.recounted.is_none_or(|at| at.elapsed() >= RECOUNT) {
+            self.total_bytes.store(journal_bytes(&self.options.series_dir), Ordering::Relaxed);
+            self.recounted = Some(Instant::now());
+        }
+        fits(self.total_bytes.load(Ordering::Relaxed))
     }
 
     fn path(&self, series: &StudyHash) -> PathBuf {

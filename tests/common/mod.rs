@@ -123,8 +123,8 @@ impl Daemon {
         let mut text = format!("data_dir = {:?}\n", data.display().to_string());
         // Top-level keys of `extra` come before the first table.
         let (top, tables) = match extra.find("\n[") {
+            _ if extra.starts_with('[') => ("", extra),
             Some(at) => extra.split_at(at),
-            None if extra.starts_with('[') => ("", extra),
             None => (extra, ""),
         };
         text.push_str(top);
