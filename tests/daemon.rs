@@ -242,6 +242,8 @@ fn planted_identifiers_are_in_no_log_metric_page_answer_or_file_name() {
     daemon.wait_until("a result", 60, |d| d.results().iter().any(|r| r["outcome"] == "result"));
     send(&conflict, &planted, &mut |_| {}).unwrap();
     daemon.wait_until("a conflict", 60, |d| d.results().iter().any(|r| r["reason"] == "duplicate_conflict"));
+    // All but the one whose UID is none.
+    daemon.wait_results(2 + 9, 60);
     let daemon = daemon.kill_and_restart();
     daemon.wait_until("pictures", 60, |d| {
         files_below(&d.data.join("results"), |p| p.extension().is_some_and(|e| e == "html")).len() == 1
@@ -249,7 +251,6 @@ fn planted_identifiers_are_in_no_log_metric_page_answer_or_file_name() {
     std::thread::sleep(Duration::from_secs(3));
 
     let results = daemon.results();
-    assert!(results.len() >= 4, "{results:?}");
     let log = daemon.log();
     assert!(log.contains("slice stored") && log.contains("slice refused"), "the log says enough to be worth a look");
     expect_nothing_planted("the log", log.as_bytes());
@@ -517,6 +518,7 @@ def ask(calling="PEER", called="DARNET"):
     if assoc.is_established:
         return assoc, "accepted"
     p = assoc.acceptor.primitive
+    assert p is not None, f"no answer: aborted {assoc.is_aborted}, calling {calling}, called {called}"
     return assoc, f"{p.result}/{p.result_source}/{p.diagnostic}"
 "#;
     let (code, out, err) = run(Command::new(python()).args(["-c", &format!("{head}{script}"), daemon.dicom_port()]));
@@ -551,10 +553,13 @@ fn ae_titles_are_checked_both_ways() {
         "[dicom]\nbind = \"127.0.0.1:0\"\nae_title = \"TRIAGE\"\ncalling_ae_titles = [\"SCANNER1\", \"ARCHIVE\"]\n",
     );
     let script = r#"
-said = [ask(*pair)[1] for pair in (("SCANNER1", "TRIAGE"), ("ARCHIVE", "TRIAGE"), ("SCANNER1", "DARNET"), ("STRANGER", "TRIAGE"))]
-print(*said)
+for pair in (("SCANNER1", "TRIAGE"), ("ARCHIVE", "TRIAGE"), ("SCANNER1", "DARNET"), ("STRANGER", "TRIAGE")):
+    assoc, said = ask(*pair)
+    print(said)
+    if assoc.is_established:
+        assoc.release()
 "#;
-    assert_eq!(pynetdicom(&daemon, script), "accepted accepted 1/1/7 1/1/3");
+    assert_eq!(pynetdicom(&daemon, script), "accepted\naccepted\n1/1/7\n1/1/3");
     let echoscu = require("echoscu", "apt-get install dcmtk");
     let (code, _, _) =
         run(Command::new(&echoscu).args(["-aet", "ARCHIVE", "-aec", "TRIAGE", "127.0.0.1", daemon.dicom_port()]));
