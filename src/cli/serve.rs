@@ -38,7 +38,7 @@ pub fn check_config(args: &CheckConfigArgs) -> anyhow::Result<Ended> {
     };
     match model {
         Ok(model) => {
-            let options = darnet::engine::EngineOptions { threads: config.model.threads };
+            let options = darnet::engine::EngineOptions { threads: config.model.threads, ..Default::default() };
             if let Err(error) = darnet::engine::prepare(config.model.backend, &model, &options) {
                 faults.push(format!("model.backend: {error}"));
             }
@@ -61,6 +61,7 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Ended> {
     init_logging(&config.log)?;
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("listen for signals")?;
     let mut daemon = Daemon::start(&config, None)?;
+    let mut running = pinned(&config, &daemon);
     announce(&daemon)?;
     let _ = sd_notify::notify(&[NotifyState::Ready]);
     let watchdog = sd_notify::watchdog_enabled().map(|every| every / 3);
@@ -84,26 +85,28 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Ended> {
         if reload {
             match load(&args.config) {
                 Err(error) => events::ConfigFault { fault: &format!("kept the old configuration: {error:#}") }.emit(),
-                Ok(mut next) => {
-                    // Free ports chosen at the start stay the same.
+                Ok(next) => {
+                    // Free ports chosen by the system stay the same while the file asks for the same.
+                    let mut wanted = next.clone();
                     if next.dicom.bind == config.dicom.bind {
-                        next.dicom.bind = daemon.dicom_addr().to_string();
+                        wanted.dicom.bind.clone_from(&running.dicom.bind);
                     }
                     if next.web.bind == config.web.bind {
-                        next.web.bind = daemon.web_addr().to_string();
+                        wanted.web.bind.clone_from(&running.web.bind);
                     }
                     let _ = sd_notify::notify(&[NotifyState::Watchdog]);
                     daemon.shutdown(DRAIN);
                     let _ = sd_notify::notify(&[NotifyState::Watchdog]);
-                    daemon = match Daemon::start(&next, None) {
+                    daemon = match Daemon::start(&wanted, None) {
                         Ok(daemon) => {
+                            running = pinned(&wanted, &daemon);
                             config = next;
                             daemon
                         }
                         Err(error) => {
                             events::ConfigFault { fault: &format!("went back to the old configuration: {error}") }
                                 .emit();
-                            Daemon::start(&config, None)?
+                            Daemon::start(&running, None)?
                         }
                     };
                 }
@@ -120,6 +123,14 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Ended> {
             fed = Instant::now();
         }
     }
+}
+
+/// The configuration with the addresses that `daemon` listens on.
+fn pinned(config: &Config, daemon: &Daemon) -> Config {
+    let mut pinned = config.clone();
+    pinned.dicom.bind = daemon.dicom_addr().to_string();
+    pinned.web.bind = daemon.web_addr().to_string();
+    pinned
 }
 
 /// The first line on stdout: where the daemon listens.

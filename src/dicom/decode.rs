@@ -273,6 +273,19 @@ fn shift_words(words: impl Iterator<Item = u16>, layout: &PixelLayout, offset: i
     }
 }
 
+/// Whether a data set ends inside its Pixel Data, as that of a file does that is still being written. Not seen in a
+/// deflated data set.
+pub fn ends_early(dataset: &[u8], transfer_syntax_uid: &str) -> bool {
+    let Some(encoding) = syntax::encoding(transfer_syntax_uid).filter(|e| !e.deflated) else { return false };
+    match find_pixel_data(dataset, encoding) {
+        Ok(pixels) => match pixels.declared {
+            Some(declared) => pixels.rest.len() < declared,
+            None => pixels.for_each_fragment(|_| {}).is_err(),
+        },
+        Err(_) => false,
+    }
+}
+
 fn find_pixel_data(bytes: &[u8], encoding: syntax::Encoding) -> Result<PixelData<'_>, Refusal> {
     let mut walker = Walker::new(bytes, encoding);
     loop {

@@ -164,22 +164,22 @@ impl<T: Transport> Wire<T> {
         self.transport.write_all(bytes)
     }
 
-    /// Ends the connection so that the peer gets what was written: finish writing, then read until the peer closes.
-    /// Closing with unread bytes would reset the connection and could lose the last answer.
+    /// Ends the connection so that the peer gets what was written: the peer closes first (PS3.8 9.2, state 13), we do
+    /// after `bound`. Closing earlier makes some peers see a lost connection instead of the answer, and closing with
+    /// unread bytes would reset it.
     pub fn linger(&mut self, bound: Duration) {
-        if self.transport.finish_writing().is_err() {
-            return;
-        }
         let until = Instant::now() + bound;
         while let Some(left) = until.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) {
             if self.transport.set_read_timeout(Some(left)).is_err() {
                 return;
             }
             match self.transport.read(&mut self.buffer) {
-                Ok(0) | Err(_) => return,
+                Ok(0) => return,
+                Err(_) => break,
                 Ok(_) => {}
             }
         }
+        let _ = self.transport.finish_writing();
     }
 }
 

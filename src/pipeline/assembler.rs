@@ -11,7 +11,7 @@
 //!
 //! Deliberately absent: pixels, files, the network.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,7 @@ use crate::pipeline::planes::SharedPlane;
 use crate::pipeline::series::{MAX_GRIDS, Selection, SliceFacts, facts, select};
 use crate::resample::lung::SliceLung;
 use crate::resample::plan::InPlanePlan;
+use crate::telemetry::events::Stage;
 use crate::telemetry::{StudyHash, events, incidents};
 use crate::volume::completion::{Cause, Completion, CompletionRules, Progress};
 use crate::volume::geometry::{GeometryLimits, InPlaneOrientation, SliceGeometry};
@@ -159,6 +160,8 @@ struct Series {
     decode_s: f64,
     resample_s: f64,
     hint: Option<u64>,
+    /// A slice came since the series was last read back: what was lost to a fault of this machine is tried once more.
+    retry_lost: bool,
 }
 
 /// The assembler.
@@ -174,6 +177,8 @@ pub struct Assembler {
     running: Option<(StudyHash, bool)>,
     /// Series whose content is in the journal only, and when it was asked for.
     deferred: BTreeMap<StudyHash, Option<Instant>>,
+    /// Complete series among the deferred ones: they wait for the grace time again, not for the idle bound.
+    reread: BTreeSet<StudyHash>,
     backlog: VecDeque<DecodeJob>,
     publish_backlog: VecDeque<PublishJob>,
 }
@@ -190,6 +195,7 @@ impl Assembler {
             epochs: 0,
             running: None,
             deferred: BTreeMap::new(),
+            reread: BTreeSet::new(),
             backlog: VecDeque::new(),
             publish_backlog: VecDeque::new(),
         }
@@ -217,7 +223,9 @@ impl Assembler {
                 Event::Arrival(ToAssembler::Slice(arrival)) => {
                     let series = arrival.series.clone();
                     if self.series.contains_key(&series) || (arrival.first && self.make_room()) {
+                        let started = Instant::now();
                         self.arrival(*arrival);
+                        events::StageTimed { stage: Stage::Assemble, took: started.elapsed() }.emit();
                     } else {
                         self.deferred.entry(series.clone()).or_insert(None);
                     }
@@ -437,6 +445,7 @@ impl Assembler {
                 decode_s: 0.0,
                 resample_s: 0.0,
                 hint: None,
+                retry_lost: false,
             },
         );
     }
@@ -465,6 +474,13 @@ impl Assembler {
         let total = slices.len() as u64;
         for arrival in slices {
             self.arrival(arrival);
+        }
+        let now = self.now_ns();
+        if self.reread.remove(key)
+            && let Some(series) = self.series.get_mut(key)
+        {
+            series.recovered_open = false;
+            series.completion.released(RECOVERED, now);
         }
         if let (Some(note), Some(series)) = (published, self.series.get_mut(key)) {
             series.revision = note.revision;
@@ -498,6 +514,7 @@ impl Assembler {
             series.recovered_open = false;
             series.completion.released(RECOVERED, now);
         }
+        series.retry_lost |= !recovered;
         if let Some(&first) = series.by_sop.get(&arrival.header.sop_instance_uid) {
             series.completion.touch(arrival.association, now);
             if series.published_version != series.version {
@@ -772,6 +789,11 @@ impl Assembler {
                     pending: Some(pending),
                 }
             }
+            Err(refusal) if complete && refusal.reason == Reason::Internal && series.retry_lost => {
+                // A full disk may have space again: everything is in the journal, so start from there, once.
+                self.reread(key);
+                return;
+            }
             Err(refusal) if complete => Job {
                 version,
                 cancel: Arc::new(CancelToken::new()),
@@ -830,6 +852,14 @@ impl Assembler {
         self.drain_backlogs();
     }
 
+    /// Lets a complete series go and reads it back from its journal.
+    fn reread(&mut self, key: &StudyHash) {
+        self.series.remove(key);
+        self.deferred.insert(key.clone(), None);
+        self.reread.insert(key.clone());
+        self.drain_backlogs();
+    }
+
     fn retire(&mut self, key: &StudyHash) {
         if self.series.remove(key).is_some() {
             self.journals.close(key.clone());
@@ -853,6 +883,7 @@ impl Series {
     /// Two objects of one SOPInstanceUID differ.
     fn conflicts(&mut self, key: &StudyHash) {
         if !self.conflict {
+            events::SliceDuplicate { series: key, conflict: true }.emit();
             self.conflict = true;
             self.changed(key);
         }

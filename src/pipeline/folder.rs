@@ -2,7 +2,8 @@
 //!
 //! Input: a folder, watched with `notify` and listed again every [`RESCAN`] (a lost notification delays a file, it
 //! does not lose it). Output: objects through a [`Door`]. A file is read once it has not changed for
-//! `settle_ms`; a file that cannot be read or kept stays where it is and is tried again when it changes. What happens
+//! `settle_ms`; one that ends inside its pixels is given [`CUT_PATIENCE`] to grow, because half a slice in the journal
+//! would be in conflict with the whole one that follows. A file that cannot be read or kept stays where it is and is tried again when it changes. What happens
 //! to a file that was kept is configured: left, moved aside or deleted.
 //!
 //! Deliberately absent: names in logs.
@@ -18,6 +19,7 @@ use crossbeam_channel::{Receiver, bounded};
 use notify::{RecursiveMode, Watcher};
 use serde::{Deserialize, Serialize};
 
+use crate::dicom::decode::ends_early;
 use crate::dicom::part10::read_part10;
 use crate::dicom::scp::StoreStatus;
 use crate::pipeline::ingest::{Door, Entrance};
@@ -25,6 +27,8 @@ use crate::telemetry::incidents;
 
 /// Time between two listings of the folder.
 pub const RESCAN: Duration = Duration::from_secs(2);
+/// Time that a file which ends inside its pixels has to change; it is taken as it is after that.
+pub const CUT_PATIENCE: Duration = Duration::from_secs(30);
 /// Files known at once; further ones wait for the next listing. 100,000 entries are about 20 MB.
 pub const MAX_KNOWN_FILES: usize = 100_000;
 /// Folder inside the watched one that kept files are moved to.
@@ -87,6 +91,19 @@ struct Known {
     look: Look,
     since: Instant,
     tried: bool,
+    /// It ended inside its pixels when it was looked at.
+    cut: bool,
+}
+
+impl Known {
+    fn new(look: Look) -> Self {
+        Self { look, since: Instant::now(), tried: false, cut: false }
+    }
+
+    fn is_due(&self, settle: Duration) -> bool {
+        let patience = if self.cut { CUT_PATIENCE } else { Duration::ZERO };
+        !self.tried && self.since.elapsed() >= settle + patience
+    }
 }
 
 /// The thread that watches; dropping it stops it.
@@ -189,20 +206,16 @@ impl Scan {
         }
         self.known.retain(|path, _| found.contains_key(path));
         for (path, look) in found {
-            let known = self.known.entry(path).or_insert(Known { look, since: Instant::now(), tried: false });
+            let known = self.known.entry(path).or_insert_with(|| Known::new(look));
             if known.look != look {
-                *known = Known { look, since: Instant::now(), tried: false };
+                *known = Known::new(look);
             }
         }
     }
 
     fn take_settled(&mut self, settle: Duration) {
-        let mut due: Vec<PathBuf> = self
-            .known
-            .iter()
-            .filter(|(_, k)| !k.tried && k.since.elapsed() >= settle)
-            .map(|(p, _)| p.clone())
-            .collect();
+        let mut due: Vec<PathBuf> =
+            self.known.iter().filter(|(_, k)| k.is_due(settle)).map(|(p, _)| p.clone()).collect();
         due.sort();
         for path in due {
             // It may have grown since it was listed.
@@ -211,7 +224,7 @@ impl Scan {
             match now {
                 Some(look) if look == known.look => known.tried = true,
                 Some(look) => {
-                    *known = Known { look, since: Instant::now(), tried: false };
+                    *known = Known::new(look);
                     continue;
                 }
                 None => continue,
@@ -230,6 +243,14 @@ impl Scan {
         };
         let mut dataset = part10.bytes;
         dataset.drain(..part10.dataset_offset);
+        if let Some(known) = self.known.get_mut(path)
+            && !known.cut
+            && ends_early(&dataset, &part10.transfer_syntax_uid)
+        {
+            known.cut = true;
+            known.tried = false;
+            return;
+        }
         let door = self.door.get_or_insert_with(|| self.entrance.door(""));
         let expected = Some((part10.sop_class_uid.as_str(), part10.sop_instance_uid.as_str()));
         let (status, _) = door.take(dataset, &part10.transfer_syntax_uid, expected, Instant::now());

@@ -103,6 +103,19 @@ pub struct Daemon {
 impl Daemon {
     /// Starts a daemon on free ports with `extra` appended to its configuration.
     pub fn start(extra: &str) -> Self {
+        let (dir, config, data) = Self::configure(extra);
+        Self::launch(dir, config, data)
+    }
+
+    /// As [`Daemon::start`], through the command that `wrap` makes of the data folder and the configuration. It must
+    /// end in `exec`, so that the child is the daemon.
+    pub fn start_through(extra: &str, wrap: impl Fn(&Path, &Path) -> Command) -> Self {
+        let (dir, config, data) = Self::configure(extra);
+        let command = wrap(&data, &config);
+        Self::launch_command(command, dir, config, data)
+    }
+
+    fn configure(extra: &str) -> (tempfile::TempDir, PathBuf, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("darnet.toml");
         let data = dir.path().join("data");
@@ -110,8 +123,8 @@ impl Daemon {
         let mut text = format!("data_dir = {:?}\n", data.display().to_string());
         // Top-level keys of `extra` come before the first table.
         let (top, tables) = match extra.find("\n[") {
+            _ if extra.starts_with('[') => ("", extra),
             Some(at) => extra.split_at(at),
-            None if extra.starts_with('[') => ("", extra),
             None => (extra, ""),
         };
         text.push_str(top);
@@ -123,19 +136,19 @@ impl Daemon {
         }
         text.push_str(tables);
         std::fs::write(&config, text).unwrap();
-        Self::launch(dir, config, data)
+        (dir, config, data)
     }
 
     fn launch(dir: tempfile::TempDir, config: PathBuf, data: PathBuf) -> Self {
+        let mut command = Command::new(DARNET);
+        command.args(["serve", "--config"]).arg(&config);
+        Self::launch_command(command, dir, config, data)
+    }
+
+    fn launch_command(mut command: Command, dir: tempfile::TempDir, config: PathBuf, data: PathBuf) -> Self {
         let stderr = dir.path().join("stderr.log");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&stderr).unwrap();
-        let mut child = Command::new(DARNET)
-            .args(["serve", "--config"])
-            .arg(&config)
-            .stdout(Stdio::piped())
-            .stderr(log)
-            .spawn()
-            .unwrap();
+        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let Ok(first) = serde_json::from_str::<Value>(&line) else {
@@ -182,6 +195,27 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(20));
         }
         panic!("the daemon did not end within 30 s of SIGTERM");
+    }
+
+    /// Changes the configuration file and asks with SIGHUP to take it.
+    pub fn reload(&self, change: impl FnOnce(String) -> String) {
+        let text = std::fs::read_to_string(&self.config).unwrap();
+        std::fs::write(&self.config, change(text)).unwrap();
+        Command::new("kill").args(["-HUP", &self.child.id().to_string()]).status().unwrap();
+    }
+
+    /// What was logged so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+
+    /// Waits until `holds`, at most `seconds`; says `what` otherwise.
+    pub fn wait_until(&self, what: &str, seconds: u64, mut holds: impl FnMut(&Self) -> bool) {
+        let until = Instant::now() + Duration::from_secs(seconds);
+        while !holds(self) {
+            assert!(Instant::now() < until, "not within {seconds} s: {what}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     pub fn get(&self, path: &str) -> (u16, String) {
