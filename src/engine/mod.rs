@@ -3,7 +3,7 @@
 //! Input: one volume `1 x D x H x W`, f32 in [0, 1]. Output: [`Inference`]. A backend prepares a model once; each
 //! worker opens a session that owns its scratch.
 //!
-//! - [`reference`]: plain loops, the oracle of the tests; any shape, slow.
+//! - [mod@reference]: plain loops, the oracle of the tests; any shape, slow.
 //! - [`cpu`]: the default; GEMM on channels-last activations, several threads.
 //!
 //! Invariants: the same backend gives the same bits for the same input, whatever the number of threads. A run either

@@ -169,7 +169,7 @@ pub struct Judge {
     scratch: Vec<f32>,
 }
 
-/// A volume ready for [`Judge::gather`].
+/// A volume ready for [`Judge::judge`].
 pub struct VolumeToJudge<'a> {
     /// Geometry.
     pub stack: &'a Stack,
