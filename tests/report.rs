@@ -200,7 +200,7 @@ fn answers_are_told_apart() {
     let hook = Webhook::new(&WebhookConfig { timeout_ms: 1_000, ..receiver.config() }).unwrap();
     let deliver = |answer: Answer| {
         receiver.set(answer);
-        hook.deliver(&Delivery { result_uid: "2.25.1", payload: b"{}", attempt: 1, now_ms: unix_ms() })
+        hook.deliver(&Delivery { result_uid: "2.25.1", edition: 1, payload: b"{}", attempt: 1, now_ms: unix_ms() })
     };
     for status in [200, 201, 202, 204] {
         assert_eq!(deliver(Answer::Status(status, "")), Ok(()), "{status}");
@@ -270,6 +270,7 @@ fn child_process() {
         let item = handle.lease_due(unix_ms(), 1).unwrap().remove(0);
         hook.deliver(&Delivery {
             result_uid: &item.result_uid,
+            edition: item.edition,
             payload: &item.payload,
             attempt: item.attempt,
             now_ms: unix_ms(),

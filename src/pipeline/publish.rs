@@ -7,6 +7,7 @@
 //!
 //! Deliberately absent: DICOM, HL7 and FHIR objects (sinks of `report`), the dashboard (`web`).
 
+use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -27,12 +28,14 @@ use crate::report::outbox::{Outbox, SystemClock};
 use crate::report::outcome::{
     CamInfo, LatencyMs, ModelInfo, Outcome, Reconstruction, ResultDocument, ResultLatency, SeriesReport,
 };
-use crate::report::policy::AlertPolicy;
+use crate::report::policy::{AlertPolicy, Decision};
 use crate::report::sink::Sink;
-use crate::report::webhook::{WEBHOOK_SINK, Webhook, WebhookConfig};
+use crate::report::webhook::{WEBHOOK_SINK, Webhook, WebhookConfig, WebhookEvents};
 use crate::resample::cpu::Window;
 use crate::resample::lung::LungReport;
-use crate::store::{NewOutcome, OutboxDraft, OutcomeBody, ResultRecord, Store, StoreError, StoreHandle, unix_ms};
+use crate::store::{
+    DecidedBody, NewOutcome, OutboxDraft, OutcomeBody, Restated, ResultRecord, Store, StoreError, StoreHandle, unix_ms,
+};
 use crate::telemetry::events::{self, Stage};
 use crate::telemetry::{MetricsHandle, StudyHash, incidents};
 use crate::volume::refusal::{Reason, Refusal};
@@ -132,8 +135,11 @@ pub fn kernel_class(name: &str) -> KernelClass {
     }
 }
 
-/// The rank of a reconstruction; the larger is live.
-fn rank(preference: &Preference, outcome: Outcome, r: &Reconstruction) -> (bool, bool, bool, i64) {
+/// The place of a result among those of its study; the largest is live: a result before no result, one that covers the
+/// lungs, a preferred kernel, the thinnest slices.
+type Rank = (bool, bool, bool, i64);
+
+fn rank(preference: &Preference, outcome: Outcome, r: &Reconstruction) -> Rank {
     let class = r.kernel.as_deref().map_or(KernelClass::Unknown, kernel_class);
     let micrometres = (r.slice_thickness_mm.or(r.spacing_mm).unwrap_or(1e3) * 1e3) as i64;
     (
@@ -142,6 +148,60 @@ fn rank(preference: &Preference, outcome: Outcome, r: &Reconstruction) -> (bool,
         preference.kernels.contains(&class),
         if preference.thinnest { -micrometres } else { 0 },
     )
+}
+
+/// Which of `others`, the latest results of the study's other series, ranks before the result of `series`; the first if
+/// several do. A document that cannot be read ranks last; of equals the smaller hash ranks first.
+fn outranked_by(preference: &Preference, mine: Rank, series: &str, others: &[ResultRecord]) -> Option<usize> {
+    let mut best = (Some(mine), Reverse(series));
+    let mut winner = None;
+    for (i, other) in others.iter().enumerate() {
+        let document = serde_json::from_str::<ResultDocument>(&other.document).ok();
+        let theirs = document.map(|d| rank(preference, d.report.outcome, &d.reconstruction.unwrap_or_default()));
+        let theirs = (theirs, Reverse(other.series.as_str()));
+        if theirs > best {
+            best = theirs;
+            winner = Some(i);
+        }
+    }
+    winner
+}
+
+/// What a publisher decides by.
+struct Judgement<'a> {
+    policy: &'a AlertPolicy,
+    calibration: &'a Calibration,
+    model: &'a ModelInfo,
+    webhook: &'a WebhookConfig,
+}
+
+impl Judgement<'_> {
+    /// The next edition of a result that became live or ceased to be: the alert is decided anew. None for a document
+    /// that cannot be read.
+    fn restate(&self, record: &ResultRecord) -> Result<Option<DecidedBody>, StoreError> {
+        let Ok(mut document) = serde_json::from_str::<ResultDocument>(&record.document) else { return Ok(None) };
+        // Another model's logits must not go through this one's temperature and thresholds.
+        let uncalibrated = Calibration::none();
+        let calibration = if document.model.sha256 == self.model.sha256 { self.calibration } else { &uncalibrated };
+        let alert = self.policy.decide(&document.report, calibration, record.live);
+        let told_anew = document.alert != alert && (alert.alert || record.alerted);
+        document.alert = alert;
+        document.live = record.live;
+        document.edition = record.edition;
+        let mut outbox = Vec::new();
+        if self.webhook.is_enabled() && (self.webhook.events == WebhookEvents::All || told_anew) {
+            outbox.push(OutboxDraft::document(WEBHOOK_SINK));
+        }
+        Ok(Some(DecidedBody {
+            alerted: document.alert.alert,
+            body: OutcomeBody { document: to_json(&document)?, outbox },
+        }))
+    }
+}
+
+fn to_json(document: &ResultDocument) -> Result<String, StoreError> {
+    serde_json::to_string(document)
+        .map_err(|_| StoreError::Invalid { operation: "commit an outcome", fault: "the document is no JSON" })
 }
 
 /// What an observer in the same process hears of a publication.
@@ -365,6 +425,7 @@ struct Committed {
     document: ResultDocument,
     revision: u32,
     fresh: bool,
+    restated: Vec<Restated>,
 }
 
 impl Publisher {
@@ -411,10 +472,11 @@ impl Publisher {
                 last_slice_to_alert: Some(last_slice_to_alert),
             }
             .emit();
-            let alert = &committed.document.alert;
-            if alert.alert {
-                let class = CLASS_LABELS.iter().find(|c| alert.class.as_deref() == Some(**c)).unwrap_or(&"none");
-                events::AlertRaised { study: &job.study, level: alert.level.as_str(), class }.emit();
+            raised(&job.study, &committed.document.alert);
+        }
+        for restated in committed.restated.iter().filter(|r| !r.was_alerted) {
+            if let Ok(document) = serde_json::from_str::<ResultDocument>(&restated.record.document) {
+                raised(&job.study, &document.alert);
             }
         }
         self.journals.note(
@@ -508,16 +570,16 @@ impl Publisher {
             Some(l) => l.revision + 1,
         };
         let reconstruction = reconstruction(&job.header, job.result.as_deref());
-        let live = self.is_live(job, report.outcome, &reconstruction)?;
+        let mine = rank(&self.preference, report.outcome, &reconstruction);
         let created_at_ms = unix_ms();
-        let alert = self.policy.decide(report, &self.calibration, live);
         let completion_wait = job.timing.completed_at.duration_since(job.timing.last_pdata_at);
         let mut document = ResultDocument::new(
             &job.study,
             self.model.clone(),
             self.backend,
             job.cause.as_str(),
-            alert,
+            // Decided anew when it is known whether the result is live.
+            self.policy.decide(report, &self.calibration, false),
             ResultLatency {
                 last_slice_to_alert_ms: Some(job.timing.last_pdata_at.elapsed().as_secs_f64() * 1e3),
                 completion_wait_ms: Some(completion_wait.as_secs_f64() * 1e3),
@@ -535,42 +597,54 @@ impl Publisher {
             slices: report.slices,
             reason,
             document: Value::Null,
-            live,
-            alerted: document.alert.alert,
+            live: false,
+            alerted: false,
             created_at_ms,
         };
-        let webhook = &self.webhook;
+        let judgement = Judgement {
+            policy: &self.policy,
+            calibration: &self.calibration,
+            model: &self.model,
+            webhook: &self.webhook,
+        };
         let stamped = &mut document;
-        let committed = self.store.commit_outcome_with(&outcome, |ids| {
-            stamped.stamp(ids);
-            let mut outbox = Vec::new();
-            if webhook.wants(&stamped.alert, ids.supersedes_alert) {
-                outbox.push(OutboxDraft::document(WEBHOOK_SINK));
-            }
-            let document = serde_json::to_string(stamped).map_err(|_| StoreError::Invalid {
-                operation: "commit an outcome",
-                fault: "the document is no JSON",
-            })?;
-            Ok(OutcomeBody { document, outbox })
-        })?;
+        let committed = self.store.commit_outcome_ranked(
+            &outcome,
+            |others| outranked_by(&self.preference, mine, job.series.as_str(), others),
+            |ids| {
+                stamped.stamp(ids);
+                stamped.alert = judgement.policy.decide(report, judgement.calibration, ids.live);
+                let mut outbox = Vec::new();
+                if judgement.webhook.wants(&stamped.alert, ids.supersedes_alert) {
+                    outbox.push(OutboxDraft::document(WEBHOOK_SINK));
+                }
+                let body = OutcomeBody { document: to_json(stamped)?, outbox };
+                Ok(DecidedBody { body, alerted: stamped.alert.alert })
+            },
+            |record| judgement.restate(record),
+        )?;
         if !committed.fresh {
+            // What was committed then counts, not what was made now.
             document.stamp(&committed.ids);
+            let stored = self.store.result(&committed.ids.result_uid)?;
+            if let Some(stored) = stored.and_then(|r| serde_json::from_str(&r.document).ok()) {
+                document = stored;
+            }
         }
-        Ok(Committed { document, revision: committed.ids.revision, fresh: committed.fresh })
+        Ok(Committed {
+            document,
+            revision: committed.ids.revision,
+            fresh: committed.fresh,
+            restated: committed.restated,
+        })
     }
+}
 
-    /// Whether this result is the one its study speaks with.
-    fn is_live(&self, job: &PublishJob, outcome: Outcome, mine: &Reconstruction) -> Result<bool, StoreError> {
-        let Some(live) = self.store.live_result(&job.study)? else { return Ok(true) };
-        if live.series == job.series.as_str() {
-            return Ok(true);
-        }
-        let Ok(other) = serde_json::from_str::<ResultDocument>(&live.document) else { return Ok(true) };
-        let theirs = other.reconstruction.unwrap_or_default();
-        let mine = rank(&self.preference, outcome, mine);
-        let theirs = rank(&self.preference, other.report.outcome, &theirs);
-        // Equals: the smaller hash, so that the order of completion does not decide.
-        Ok(mine > theirs || (mine == theirs && job.series.as_str() < live.series.as_str()))
+/// Counts an alert, if it is one.
+fn raised(study: &StudyHash, alert: &Decision) {
+    if alert.alert {
+        let class = CLASS_LABELS.iter().find(|c| alert.class.as_deref() == Some(**c)).unwrap_or(&"none");
+        events::AlertRaised { study, level: alert.level.as_str(), class }.emit();
     }
 }
 

@@ -270,6 +270,7 @@ impl Worker {
     fn attempt(&mut self, item: &Leased) -> Result<(), StoreError> {
         let delivery = Delivery {
             result_uid: &item.result_uid,
+            edition: item.edition,
             payload: &item.payload,
             attempt: item.attempt,
             now_ms: self.clock.now_ms(),

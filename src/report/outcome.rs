@@ -259,6 +259,10 @@ pub struct ResultLatency {
     pub completion_wait_ms: Option<f64>,
 }
 
+const fn first_edition() -> u32 {
+    1
+}
+
 /// `darnet.result/1`: one outcome of the daemon.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResultDocument {
@@ -277,9 +281,12 @@ pub struct ResultDocument {
     /// The result it replaces; set at the commit.
     #[serde(default)]
     pub supersedes: Option<String>,
-    /// Whether it is the live result of its study; set at the commit.
+    /// Whether it is the live result of its study; set at the commit, and again when that changes.
     #[serde(default)]
     pub live: bool,
+    /// How often this document was written; from 1. Only `live` and `alert` differ between editions.
+    #[serde(default = "first_edition")]
+    pub edition: u32,
     /// Unix time, ms.
     pub created_at_ms: i64,
     /// Must be shown with the result where present.
@@ -322,6 +329,7 @@ impl ResultDocument {
             revision: 0,
             supersedes: None,
             live: false,
+            edition: first_edition(),
             created_at_ms,
             notice: model.notice(),
             model,

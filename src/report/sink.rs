@@ -4,18 +4,30 @@ use super::policy::SinkKind;
 
 /// One attempt to deliver.
 ///
-/// `result_uid` is the idempotency key: it is the same in every attempt, also after a restart, and a receiver that has
-/// taken it must take it again as done.
+/// [`Delivery::idempotency_key`] is the same in every attempt, also after a restart, and a receiver that has taken it
+/// must take it again as done.
 #[derive(Clone, Copy)]
 pub struct Delivery<'a> {
     /// UID of the result, `2.25.…`.
     pub result_uid: &'a str,
+    /// Which edition of the result, from 1; each is delivered once.
+    pub edition: u32,
     /// What to send.
     pub payload: &'a [u8],
     /// This attempt, from 1.
     pub attempt: u32,
     /// Unix time of this attempt, ms.
     pub now_ms: i64,
+}
+
+impl Delivery<'_> {
+    /// The result's UID; of a later edition, the UID, a slash and the edition.
+    pub fn idempotency_key(&self) -> String {
+        match self.edition {
+            0 | 1 => self.result_uid.to_owned(),
+            later => format!("{}/{later}", self.result_uid),
+        }
+    }
 }
 
 /// Why an attempt failed.

@@ -23,7 +23,7 @@ pub const WEBHOOK_SINK: &str = "webhook";
 /// Header with the signature.
 pub const SIGNATURE_HEADER: &str = "X-Darnet-Signature";
 
-/// Header with the result's UID.
+/// Header with the [`Delivery::idempotency_key`].
 pub const IDEMPOTENCY_HEADER: &str = "Idempotency-Key";
 
 /// Shortest secret, bytes: 128 bits if they are random.
@@ -298,7 +298,7 @@ impl Sink for Webhook {
             .agent
             .post(&self.url)
             .header("Content-Type", "application/json")
-            .header(IDEMPOTENCY_HEADER, delivery.result_uid)
+            .header(IDEMPOTENCY_HEADER, delivery.idempotency_key())
             .header(SIGNATURE_HEADER, self.signature(delivery.now_ms.div_euclid(1000), delivery.payload))
             .send(delivery.payload);
         let mut response = sent.map_err(|e| SinkError::retry(describe(&e)))?;
@@ -419,7 +419,9 @@ mod tests {
     #[test]
     fn nobody_listening_is_worth_a_retry_and_names_no_address() {
         let hook = Webhook::new(&config()).unwrap();
-        let e = hook.deliver(&Delivery { result_uid: "2.25.1", payload: b"{}", attempt: 1, now_ms: 0 }).unwrap_err();
+        let e = hook
+            .deliver(&Delivery { result_uid: "2.25.1", edition: 1, payload: b"{}", attempt: 1, now_ms: 0 })
+            .unwrap_err();
         assert!(e.retryable && !e.detail.contains("127.0.0.1"), "{e:?}");
     }
 

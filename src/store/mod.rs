@@ -8,7 +8,9 @@
 //!   [`StoreHandle::commit_outcome`] returns;
 //! - an outcome is named by its series and revision: committing the same again changes nothing and returns the UIDs
 //!   of the first time, so a repetition after a crash never doubles;
-//! - a study has at most one live result, and it is never a superseded one (a partial unique index holds it);
+//! - a study has at most one live result, and it is never a superseded one (a partial unique index holds it); with
+//!   [`StoreHandle::commit_outcome_ranked`] it is chosen anew from the latest results of all its series at each commit;
+//! - what a result says of itself changes only in `live` and its alert; each such edition has its number;
 //! - an item is delivered at least once; a crash during an attempt makes it due again;
 //! - the audit trail is only appended to (triggers refuse the rest).
 //!
@@ -32,8 +34,8 @@ use crate::telemetry::StudyHash;
 
 pub use outbox::{LEASE_MS, Leased, OutboxCounts, OutboxDraft, OutboxEntry, Payload};
 pub use outcome::{
-    CommittedOutcome, ListResults, MAX_LIST, NewOutcome, OutcomeBody, ResultIds, ResultRecord, RetentionReport,
-    SeriesState, StudyRecord,
+    CommittedOutcome, DecidedBody, ListResults, MAX_LIST, NewOutcome, OutcomeBody, Restated, ResultIds, ResultRecord,
+    RetentionReport, SeriesState, StudyRecord,
 };
 pub use schema::{APPLICATION_ID, SCHEMA_VERSION};
 

@@ -59,8 +59,10 @@ impl OutboxDraft {
 pub struct Leased {
     /// Its number.
     pub id: i64,
-    /// The result it is about, also the idempotency key.
+    /// The result it is about.
     pub result_uid: String,
+    /// Which edition of it, from 1; with the result's UID what a receiver knows a repetition by.
+    pub edition: u32,
     /// Name of the sink.
     pub sink: String,
     /// What to send.
@@ -86,6 +88,8 @@ pub struct OutboxEntry {
     pub id: i64,
     /// The result it is about.
     pub result_uid: String,
+    /// Which edition of it, from 1.
+    pub edition: u32,
     /// Name of the sink.
     pub sink: String,
     /// `pending`, `sending`, `delivered` or `dead`.
@@ -118,14 +122,15 @@ pub struct OutboxCounts {
 pub(super) fn insert_drafts(
     tx: &Transaction<'_>,
     result_uid: &str,
+    edition: u32,
     body: &OutcomeBody,
     now_ms: i64,
 ) -> Result<(), StoreError> {
     const OPERATION: &str = "put an item into the outbox";
     let mut statement = tx
         .prepare_cached(
-            "INSERT INTO outbox (result_uid, sink, payload, state, next_attempt_ms, created_at_ms)
-             VALUES (?1, ?2, ?3, 'pending', ?4, ?4)",
+            "INSERT INTO outbox (result_uid, sink, payload, state, next_attempt_ms, created_at_ms, edition)
+             VALUES (?1, ?2, ?3, 'pending', ?4, ?4, ?5)",
         )
         .map_err(fault(OPERATION))?;
     for draft in &body.outbox {
@@ -139,12 +144,13 @@ pub(super) fn insert_drafts(
         if draft.sink.is_empty() || draft.sink.len() > MAX_SINK_NAME_BYTES {
             return Err(StoreError::Invalid { operation: OPERATION, fault: "the sink's name is empty or too long" });
         }
-        statement.execute(params![result_uid, draft.sink, payload, now_ms]).map_err(fault(OPERATION))?;
+        statement.execute(params![result_uid, draft.sink, payload, now_ms, edition]).map_err(fault(OPERATION))?;
     }
     Ok(())
 }
 
-const LEASED_COLUMNS: &str = "id, result_uid, sink, payload, attempts, attempts - attempts_at_resend, created_at_ms";
+const LEASED_COLUMNS: &str =
+    "id, result_uid, sink, payload, attempts, attempts - attempts_at_resend, created_at_ms, edition";
 
 fn leased_of(r: &rusqlite::Row<'_>) -> rusqlite::Result<Leased> {
     Ok(Leased {
@@ -155,6 +161,7 @@ fn leased_of(r: &rusqlite::Row<'_>) -> rusqlite::Result<Leased> {
         attempt: r.get(4)?,
         attempt_since_resend: r.get(5)?,
         created_at_ms: r.get(6)?,
+        edition: r.get(7)?,
     })
 }
 
@@ -345,7 +352,7 @@ impl StoreHandle {
             .connection
             .prepare_cached(
                 "SELECT id, result_uid, sink, state, attempts, next_attempt_ms, last_error, created_at_ms,
-                 delivered_at_ms FROM outbox WHERE state = ?1 ORDER BY id DESC LIMIT ?2",
+                 delivered_at_ms, edition FROM outbox WHERE state = ?1 ORDER BY id DESC LIMIT ?2",
             )
             .map_err(fault(OPERATION))?;
         let rows = statement
@@ -360,6 +367,7 @@ impl StoreHandle {
                     last_error: r.get(6)?,
                     created_at_ms: r.get(7)?,
                     delivered_at_ms: r.get(8)?,
+                    edition: r.get(9)?,
                 })
             })
             .map_err(fault(OPERATION))?;
@@ -377,7 +385,7 @@ impl StoreHandle {
 
 fn audit_item(tx: &Transaction<'_>, now_ms: i64, event: &str, item: &Leased) -> Result<(), StoreError> {
     let detail = serde_json::json!({
-        "item": item.id, "result_uid": item.result_uid, "sink": item.sink, "attempts": item.attempt,
+        "item": item.id, "result_uid": item.result_uid, "edition": item.edition, "sink": item.sink, "attempts": item.attempt,
     });
     schema::append_audit(tx, now_ms, event, None, None, &detail.to_string())
 }

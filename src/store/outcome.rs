@@ -1,6 +1,6 @@
 //! Studies, series and results.
 
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
 
 use super::outbox::{OutboxDraft, insert_drafts};
 use super::{MAX_PAYLOAD_BYTES, StoreError, StoreHandle, fault, schema};
@@ -49,11 +49,13 @@ pub struct NewOutcome {
     /// The reason of "no result"; none for a result.
     pub reason: Option<&'static str>,
     /// The JSON object to keep. [`StoreHandle::commit_outcome`] adds `result_uid`, `revision`, `supersedes` and `live`;
-    /// [`StoreHandle::commit_outcome_with`] does not look at it.
+    /// [`StoreHandle::commit_outcome_with`] and [`StoreHandle::commit_outcome_ranked`] do not look at it.
     pub document: serde_json::Value,
     /// Make it the study's live result. It becomes so in any case if it supersedes the live one.
+    /// [`StoreHandle::commit_outcome_ranked`] does not look at it: there the ranking says it.
     pub live: bool,
-    /// Whether it raises an alert.
+    /// Whether it raises an alert. [`StoreHandle::commit_outcome_ranked`] does not look at it: there [`DecidedBody`]
+    /// says it.
     pub alerted: bool,
     /// Unix time, ms.
     pub created_at_ms: i64,
@@ -83,6 +85,15 @@ pub struct OutcomeBody {
     pub outbox: Vec<OutboxDraft>,
 }
 
+/// What a caller of [`StoreHandle::commit_outcome_ranked`] makes once it is known whether a result is live.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecidedBody {
+    /// The document, and what shall leave.
+    pub body: OutcomeBody,
+    /// Whether it raises an alert.
+    pub alerted: bool,
+}
+
 /// A committed outcome.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommittedOutcome {
@@ -90,6 +101,17 @@ pub struct CommittedOutcome {
     pub ids: ResultIds,
     /// False when it had been committed before and nothing was changed.
     pub fresh: bool,
+    /// Results of other series that became live or ceased to be.
+    pub restated: Vec<Restated>,
+}
+
+/// A result of another series whose `live` a commit changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restated {
+    /// As it is now.
+    pub record: ResultRecord,
+    /// Whether it raised an alert before.
+    pub was_alerted: bool,
 }
 
 /// A stored result.
@@ -119,6 +141,8 @@ pub struct ResultRecord {
     pub alerted: bool,
     /// Unix time, ms.
     pub created_at_ms: i64,
+    /// How often its document was written: 1, and one more each time it became live or ceased to be.
+    pub edition: u32,
 }
 
 /// A study with its live result.
@@ -162,7 +186,7 @@ pub struct RetentionReport {
     pub kept_for_outbox: u64,
 }
 
-const RESULT_COLUMNS: &str = "result_uid, study_hash, series_hash, revision, slices, outcome, reason, document, supersedes, live, alerted, created_at_ms";
+const RESULT_COLUMNS: &str = "result_uid, study_hash, series_hash, revision, slices, outcome, reason, document, supersedes, live, alerted, created_at_ms, edition";
 
 fn result_of(r: &Row<'_>) -> rusqlite::Result<ResultRecord> {
     Ok(ResultRecord {
@@ -178,6 +202,7 @@ fn result_of(r: &Row<'_>) -> rusqlite::Result<ResultRecord> {
         live: r.get(9)?,
         alerted: r.get(10)?,
         created_at_ms: r.get(11)?,
+        edition: r.get(12)?,
     })
 }
 
@@ -246,80 +271,87 @@ impl StoreHandle {
         outcome: &NewOutcome,
         build: impl FnOnce(&ResultIds) -> Result<OutcomeBody, StoreError>,
     ) -> Result<CommittedOutcome, StoreError> {
-        if !check_uid(&outcome.study_instance_uid) || !check_uid(&outcome.series_instance_uid) {
-            return Err(StoreError::Invalid { operation: OPERATION, fault: "a UID is malformed" });
-        }
-        let slices = slices_to_i64(OPERATION, outcome.slices)?;
         self.write(OPERATION, |tx| {
-            if let Some(known) = ids_of(tx, &outcome.series, outcome.revision)? {
-                return Ok(CommittedOutcome { ids: known, fresh: false });
-            }
-            let previous = latest(tx, &outcome.series)?;
-            if outcome.revision != previous.as_ref().map_or(0, |p| p.revision) + 1 {
-                return Err(StoreError::Invalid { operation: OPERATION, fault: "the revision is not the next one" });
-            }
-            let ids = ResultIds {
-                result_uid: new_result_uid()?,
-                revision: outcome.revision,
-                live: outcome.live || previous.as_ref().is_some_and(|p| p.live),
-                supersedes_alert: previous.as_ref().is_some_and(|p| p.alerted),
-                supersedes: previous.map(|p| p.result_uid),
+            let mut ids = match place(tx, outcome)? {
+                Place::Known(ids) => return Ok(CommittedOutcome { ids, fresh: false, restated: Vec::new() }),
+                Place::Next(ids) => ids,
             };
+            ids.live |= outcome.live;
             let body = build(&ids)?;
-            if body.document.len() > MAX_PAYLOAD_BYTES {
-                return Err(StoreError::Invalid { operation: OPERATION, fault: "the document is too large" });
-            }
-            put_series(
-                tx,
-                (&outcome.study, &outcome.study_instance_uid),
-                (&outcome.series, &outcome.series_instance_uid),
-                SeriesState::Published,
-                outcome.slices,
-                outcome.created_at_ms,
-            )?;
-            if ids.live {
-                tx.execute("UPDATE results SET live = 0 WHERE study_hash = ?1 AND live = 1", [outcome.study.as_str()])
-                    .map_err(fault(OPERATION))?;
-            }
-            let kind = if outcome.reason.is_some() { "no_result" } else { "result" };
-            tx.prepare_cached(&format!(
-                "INSERT INTO results ({RESULT_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)"
-            ))
-            .and_then(|mut s| {
-                s.execute(params![
-                    ids.result_uid,
-                    outcome.study.as_str(),
-                    outcome.series.as_str(),
-                    ids.revision,
-                    slices,
-                    kind,
-                    outcome.reason,
-                    body.document,
-                    ids.supersedes,
-                    ids.live,
-                    outcome.alerted,
-                    outcome.created_at_ms,
-                ])
-            })
-            .map_err(fault(OPERATION))?;
-            insert_drafts(tx, &ids.result_uid, &body, outcome.created_at_ms)?;
-            let detail = serde_json::json!({
-                "result_uid": ids.result_uid, "revision": ids.revision, "outcome": kind, "reason": outcome.reason,
-                "live": ids.live, "alerted": outcome.alerted, "supersedes": ids.supersedes,
-            });
-            schema::append_audit(
-                tx,
-                outcome.created_at_ms,
-                "outcome",
-                Some(&outcome.study),
-                Some(&outcome.series),
-                &detail.to_string(),
-            )?;
-            Ok(CommittedOutcome { ids, fresh: true })
+            put_result(tx, outcome, &ids, &body, outcome.alerted)?;
+            Ok(CommittedOutcome { ids, fresh: true, restated: Vec::new() })
         })
     }
 
-    /// Makes a result the live one of its study.
+    /// As [`StoreHandle::commit_outcome_with`], and chooses the study's live result anew, in the same transaction, from
+    /// the latest results of all its series: so which one is live never depends on the order of commits.
+    ///
+    /// - `outranked_by` gets the latest results of the study's other series, by series hash, and names the one that
+    ///   shall be live, or none if the new result shall be.
+    /// - `build` makes the new result's document, knowing [`ResultIds::live`].
+    /// - `restate` is called for a result of another series that ceases to be live, then for one that becomes it. It gets
+    ///   the record with the new `live` and `edition` and everything else as it was, and returns the document to keep
+    ///   instead with what shall leave, or none to keep the document (and the alert) as it is. A draft carries the
+    ///   edition's number.
+    ///
+    /// Repeating a committed (series, revision) calls none of the three and changes nothing. A superseded result is not
+    /// restated; the one that supersedes it speaks.
+    ///
+    /// # Errors
+    /// As [`StoreHandle::commit_outcome`]; [`StoreError::Invalid`] if `outranked_by` names what is not there.
+    pub fn commit_outcome_ranked(
+        &mut self,
+        outcome: &NewOutcome,
+        outranked_by: impl FnOnce(&[ResultRecord]) -> Option<usize>,
+        build: impl FnOnce(&ResultIds) -> Result<DecidedBody, StoreError>,
+        mut restate: impl FnMut(&ResultRecord) -> Result<Option<DecidedBody>, StoreError>,
+    ) -> Result<CommittedOutcome, StoreError> {
+        self.write(OPERATION, |tx| {
+            let mut ids = match place(tx, outcome)? {
+                Place::Known(ids) => return Ok(CommittedOutcome { ids, fresh: false, restated: Vec::new() }),
+                Place::Next(ids) => ids,
+            };
+            let others = latest_of_others(tx, &outcome.study, &outcome.series)?;
+            let winner = outranked_by(&others);
+            if winner.is_some_and(|w| w >= others.len()) {
+                return Err(StoreError::Invalid {
+                    operation: OPERATION,
+                    fault: "the live result is none of the study's",
+                });
+            }
+            ids.live = winner.is_none();
+            let made = build(&ids)?;
+            put_result(tx, outcome, &ids, &made.body, made.alerted)?;
+            let mut changed: Vec<ResultRecord> = Vec::new();
+            for (i, mut other) in others.into_iter().enumerate() {
+                let live = winner == Some(i);
+                if other.live != live {
+                    other.live = live;
+                    other.edition += 1;
+                    changed.push(other);
+                }
+            }
+            // The one that ceases first: there is never more than one live result.
+            changed.sort_by_key(|r| r.live);
+            let mut restated = Vec::with_capacity(changed.len());
+            for mut record in changed {
+                let was_alerted = record.alerted;
+                let body = restate(&record)?.map(|decided| {
+                    record.alerted = decided.alerted;
+                    decided.body
+                });
+                let body =
+                    body.unwrap_or_else(|| OutcomeBody { document: record.document.clone(), outbox: Vec::new() });
+                put_edition(tx, outcome, &record, &body)?;
+                record.document = body.document;
+                restated.push(Restated { record, was_alerted });
+            }
+            Ok(CommittedOutcome { ids, fresh: true, restated })
+        })
+    }
+
+    /// Makes a result the live one of its study, by hand: its document stays, nothing leaves, and the next
+    /// [`StoreHandle::commit_outcome_ranked`] of the study chooses anew.
     ///
     /// # Errors
     /// [`StoreError::NotFound`]; [`StoreError::Invalid`] for a superseded result.
@@ -459,6 +491,9 @@ impl StoreHandle {
 
 const OPERATION: &str = "commit an outcome";
 
+/// The edition of a new result.
+const FIRST_EDITION: u32 = 1;
+
 fn put_series(
     tx: &Connection,
     (study, study_uid): (&StudyHash, &str),
@@ -489,6 +524,133 @@ fn put_series(
         return Err(StoreError::Invalid { operation: "note a series", fault: "it belongs to another study" });
     }
     Ok(())
+}
+
+/// Where an outcome stands in its series.
+enum Place {
+    /// It had been committed.
+    Known(ResultIds),
+    /// It is the next revision; live if the one it supersedes is.
+    Next(ResultIds),
+}
+
+fn place(tx: &Connection, outcome: &NewOutcome) -> Result<Place, StoreError> {
+    if !check_uid(&outcome.study_instance_uid) || !check_uid(&outcome.series_instance_uid) {
+        return Err(StoreError::Invalid { operation: OPERATION, fault: "a UID is malformed" });
+    }
+    if let Some(known) = ids_of(tx, &outcome.series, outcome.revision)? {
+        return Ok(Place::Known(known));
+    }
+    let previous = latest(tx, &outcome.series)?;
+    if outcome.revision != previous.as_ref().map_or(0, |p| p.revision) + 1 {
+        return Err(StoreError::Invalid { operation: OPERATION, fault: "the revision is not the next one" });
+    }
+    Ok(Place::Next(ResultIds {
+        result_uid: new_result_uid()?,
+        revision: outcome.revision,
+        live: previous.as_ref().is_some_and(|p| p.live),
+        supersedes_alert: previous.as_ref().is_some_and(|p| p.alerted),
+        supersedes: previous.map(|p| p.result_uid),
+    }))
+}
+
+/// Writes a new result with its series, its items and its audit line.
+fn put_result(
+    tx: &Transaction<'_>,
+    outcome: &NewOutcome,
+    ids: &ResultIds,
+    body: &OutcomeBody,
+    alerted: bool,
+) -> Result<(), StoreError> {
+    check_document(body)?;
+    put_series(
+        tx,
+        (&outcome.study, &outcome.study_instance_uid),
+        (&outcome.series, &outcome.series_instance_uid),
+        SeriesState::Published,
+        outcome.slices,
+        outcome.created_at_ms,
+    )?;
+    // A live result takes the place of any other; one that is not, of the one it supersedes.
+    tx.execute(
+        "UPDATE results SET live = 0 WHERE study_hash = ?1 AND live = 1 AND (?2 OR result_uid = ?3)",
+        params![outcome.study.as_str(), ids.live, ids.supersedes],
+    )
+    .map_err(fault(OPERATION))?;
+    let kind = if outcome.reason.is_some() { "no_result" } else { "result" };
+    tx.prepare_cached(&format!(
+        "INSERT INTO results ({RESULT_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)"
+    ))
+    .and_then(|mut s| {
+        s.execute(params![
+            ids.result_uid,
+            outcome.study.as_str(),
+            outcome.series.as_str(),
+            ids.revision,
+            outcome.slices.cast_signed(),
+            kind,
+            outcome.reason,
+            body.document,
+            ids.supersedes,
+            ids.live,
+            alerted,
+            outcome.created_at_ms,
+            FIRST_EDITION,
+        ])
+    })
+    .map_err(fault(OPERATION))?;
+    insert_drafts(tx, &ids.result_uid, FIRST_EDITION, body, outcome.created_at_ms)?;
+    let detail = serde_json::json!({
+        "result_uid": ids.result_uid, "revision": ids.revision, "outcome": kind, "reason": outcome.reason,
+        "live": ids.live, "alerted": alerted, "supersedes": ids.supersedes,
+    });
+    let (study, series) = (Some(&outcome.study), Some(&outcome.series));
+    schema::append_audit(tx, outcome.created_at_ms, "outcome", study, series, &detail.to_string())
+}
+
+/// Writes what changed of `record`, its items and its audit line.
+fn put_edition(
+    tx: &Transaction<'_>,
+    cause: &NewOutcome,
+    record: &ResultRecord,
+    body: &OutcomeBody,
+) -> Result<(), StoreError> {
+    check_document(body)?;
+    tx.prepare_cached("UPDATE results SET live = ?2, alerted = ?3, edition = ?4, document = ?5 WHERE result_uid = ?1")
+        .and_then(|mut s| {
+            s.execute(params![record.result_uid, record.live, record.alerted, record.edition, body.document])
+        })
+        .map_err(fault(OPERATION))?;
+    insert_drafts(tx, &record.result_uid, record.edition, body, cause.created_at_ms)?;
+    let series = StudyHash::parse(&record.series).map_err(|_| StoreError::Sqlite { operation: OPERATION, code: 0 })?;
+    let detail = serde_json::json!({
+        "result_uid": record.result_uid, "live": record.live, "alerted": record.alerted, "edition": record.edition,
+    });
+    schema::append_audit(tx, cause.created_at_ms, "live", Some(&cause.study), Some(&series), &detail.to_string())
+}
+
+fn check_document(body: &OutcomeBody) -> Result<(), StoreError> {
+    if body.document.len() > MAX_PAYLOAD_BYTES {
+        return Err(StoreError::Invalid { operation: OPERATION, fault: "the document is too large" });
+    }
+    Ok(())
+}
+
+/// The latest results of a study's series but one, by series hash.
+fn latest_of_others(
+    connection: &Connection,
+    study: &StudyHash,
+    but: &StudyHash,
+) -> Result<Vec<ResultRecord>, StoreError> {
+    let mut statement = connection
+        .prepare_cached(&format!(
+            "SELECT {RESULT_COLUMNS} FROM results WHERE study_hash = ?1 AND series_hash <> ?2
+             AND result_uid NOT IN (SELECT supersedes FROM results WHERE study_hash = ?1 AND supersedes IS NOT NULL)
+             ORDER BY series_hash"
+        ))
+        .map_err(fault(OPERATION))?;
+    let rows = statement.query_map([study.as_str(), but.as_str()], result_of).map_err(fault(OPERATION))?;
+    rows.collect::<Result<_, _>>().map_err(fault(OPERATION))
 }
 
 fn latest(connection: &Connection, series: &StudyHash) -> Result<Option<ResultRecord>, StoreError> {

@@ -12,7 +12,7 @@ pub const APPLICATION_ID: i64 = 0x4441_524E;
 pub const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 
 /// Each brings a file from version `i` to `i + 1`. Only ever append.
-const MIGRATIONS: [&str; 1] = [V1];
+pub(super) const MIGRATIONS: [&str; 2] = [V1, V2];
 
 const V1: &str = "
 CREATE TABLE studies (
@@ -81,6 +81,36 @@ CREATE TABLE audit (
 ) STRICT;
 CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'append only'); END;
 CREATE TRIGGER audit_is_not_deleted BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'append only'); END;
+";
+
+/// Editions: a result may change `live` and its alert, and each edition leaves once.
+const V2: &str = "
+ALTER TABLE results ADD COLUMN edition INTEGER NOT NULL DEFAULT 1 CHECK (edition >= 1);
+CREATE TABLE outbox_v2 (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    result_uid TEXT NOT NULL REFERENCES results (result_uid) ON DELETE CASCADE,
+    edition INTEGER NOT NULL DEFAULT 1 CHECK (edition >= 1),
+    sink TEXT NOT NULL,
+    payload BLOB NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('pending', 'sending', 'delivered', 'dead')),
+    attempts INTEGER NOT NULL DEFAULT 0 CHECK (attempts >= 0),
+    attempts_at_resend INTEGER NOT NULL DEFAULT 0,
+    next_attempt_ms INTEGER NOT NULL,
+    last_error TEXT,
+    created_at_ms INTEGER NOT NULL,
+    delivered_at_ms INTEGER CHECK ((state = 'delivered') = (delivered_at_ms IS NOT NULL)),
+    UNIQUE (result_uid, sink, edition)
+) STRICT;
+INSERT INTO outbox_v2 (id, result_uid, sink, payload, state, attempts, attempts_at_resend, next_attempt_ms, last_error,
+                       created_at_ms, delivered_at_ms)
+    SELECT id, result_uid, sink, payload, state, attempts, attempts_at_resend, next_attempt_ms, last_error,
+           created_at_ms, delivered_at_ms FROM outbox;
+DELETE FROM sqlite_sequence WHERE name = 'outbox_v2';
+INSERT INTO sqlite_sequence (name, seq) SELECT 'outbox_v2', seq FROM sqlite_sequence WHERE name = 'outbox';
+DROP TABLE outbox;
+ALTER TABLE outbox_v2 RENAME TO outbox;
+CREATE INDEX outbox_due ON outbox (sink, next_attempt_ms) WHERE state IN ('pending', 'sending');
+CREATE INDEX outbox_by_state ON outbox (state);
 ";
 
 /// Brings the file to [`SCHEMA_VERSION`], all or nothing.

@@ -134,6 +134,148 @@ fn a_study_has_one_live_result_which_can_be_switched() {
     assert_eq!(handle.results(&of("1.9")).unwrap().len(), 0);
 }
 
+/// Commits a result of rank `rank` that alerts while it is live and `rank` is odd; the highest rank shall be live.
+/// Everything is sent to `w`.
+fn commit_ranked(handle: &mut StoreHandle, study: &str, series: &str, revision: u32, rank: u64) -> CommittedOutcome {
+    let body = |uid: &str, rank: u64, live: bool, edition: u32| DecidedBody {
+        alerted: live && rank % 2 == 1,
+        body: OutcomeBody {
+            document: serde_json::json!({ "uid": uid, "rank": rank, "live": live, "edition": edition }).to_string(),
+            outbox: vec![OutboxDraft::document("w")],
+        },
+    };
+    let rank_of =
+        |r: &ResultRecord| serde_json::from_str::<serde_json::Value>(&r.document).unwrap()["rank"].as_u64().unwrap();
+    let mine = (rank, std::cmp::Reverse(hash(series).as_str().to_owned()));
+    handle
+        .commit_outcome_ranked(
+            &NewOutcome { live: false, ..outcome(study, series, revision) },
+            |others| {
+                assert!(others.windows(2).all(|w| w[0].series < w[1].series), "one latest result a series, in order");
+                let place = |r: &ResultRecord| (rank_of(r), std::cmp::Reverse(r.series.clone()));
+                (0..others.len()).filter(|i| place(&others[*i]) > mine).max_by_key(|i| place(&others[*i]))
+            },
+            |ids| Ok(body(&ids.result_uid, rank, ids.live, 1)),
+            |r| Ok(Some(body(&r.result_uid, rank_of(r), r.live, r.edition))),
+        )
+        .unwrap()
+}
+
+/// Every item, oldest first: (edition, live, rank) of its document.
+fn told(handle: &StoreHandle) -> Vec<(u64, bool, u64)> {
+    let mut entries = handle.outbox_entries("pending", 100).unwrap();
+    entries.reverse();
+    entries
+        .iter()
+        .map(|e| {
+            let payload = handle.outbox_payload(e.id).unwrap().unwrap();
+            let document: serde_json::Value = serde_json::from_slice(&payload).unwrap();
+            assert_eq!(document["edition"], e.edition);
+            assert_eq!(document["uid"], e.result_uid.as_str());
+            (u64::from(e.edition), document["live"].as_bool().unwrap(), document["rank"].as_u64().unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn a_result_that_wins_later_speaks_then() {
+    let (_dir, _store, mut handle) = open();
+    let a = commit_ranked(&mut handle, "1.1", "1.2", 1, 9);
+    let b = commit_ranked(&mut handle, "1.1", "1.3", 1, 7);
+    assert!(a.ids.live && !b.ids.live && b.restated.is_empty());
+    // The live series becomes worse than the other.
+    let a2 = commit_ranked(&mut handle, "1.1", "1.2", 2, 0);
+    assert!(!a2.ids.live && a2.ids.supersedes_alert);
+    assert_eq!(a2.restated.len(), 1);
+    let record = &a2.restated[0].record;
+    assert_eq!(
+        (record.result_uid.as_str(), record.live, record.alerted, record.edition),
+        (b.ids.result_uid.as_str(), true, true, 2)
+    );
+    assert!(!a2.restated[0].was_alerted);
+    assert_eq!(handle.live_result(&hash("1.1")).unwrap().as_ref(), Some(record));
+    assert_eq!(told(&handle), [(1, true, 9), (1, false, 7), (1, false, 0), (2, true, 7)]);
+    assert!(!handle.result(&a.ids.result_uid).unwrap().unwrap().live, "the superseded one");
+
+    // Repeated after a crash: nothing changes.
+    for (series, revision) in [("1.2", 2), ("1.2", 1), ("1.3", 1)] {
+        let again = commit_ranked(&mut handle, "1.1", series, revision, 99);
+        assert!(!again.fresh && again.restated.is_empty());
+    }
+    assert_eq!(told(&handle).len(), 4);
+    assert_eq!(handle.live_result(&hash("1.1")).unwrap().as_ref(), Some(record));
+    let audited = handle.audit_tail(10).unwrap();
+    assert_eq!(audited.iter().filter(|a| a.event == "live").count(), 1);
+}
+
+#[test]
+fn a_result_that_loses_takes_its_alert_back() {
+    let (_dir, _store, mut handle) = open();
+    let a = commit_ranked(&mut handle, "1.1", "1.2", 1, 7);
+    let b = commit_ranked(&mut handle, "1.1", "1.3", 1, 8);
+    assert!(b.ids.live);
+    let record = handle.result(&a.ids.result_uid).unwrap().unwrap();
+    assert_eq!((record.live, record.alerted, record.edition), (false, false, 2));
+    assert_eq!(b.restated, [Restated { record, was_alerted: true }]);
+    assert_eq!(told(&handle), [(1, true, 7), (1, true, 8), (2, false, 7)]);
+    // It wins again with the same words, as edition 3.
+    let b2 = commit_ranked(&mut handle, "1.1", "1.3", 2, 1);
+    assert_eq!((b2.ids.live, b2.restated[0].record.edition), (false, 3));
+    assert_eq!(told(&handle)[3..], [(1, false, 1), (3, true, 7)]);
+}
+
+#[test]
+fn what_cannot_be_restated_still_changes_places() {
+    let (_dir, _store, mut handle) = open();
+    let a = commit_ranked(&mut handle, "1.1", "1.2", 1, 7);
+    let before = handle.result(&a.ids.result_uid).unwrap().unwrap();
+    let body = || Ok(DecidedBody { alerted: false, body: OutcomeBody { document: "{}".into(), outbox: Vec::new() } });
+    let refused = handle.commit_outcome_ranked(&outcome("1.1", "1.3", 1), |_| Some(1), |_| body(), |_| Ok(None));
+    assert!(matches!(refused, Err(StoreError::Invalid { .. })));
+    let failed = handle.commit_outcome_ranked(
+        &outcome("1.1", "1.3", 1),
+        |_| None,
+        |_| body(),
+        |_| Err(StoreError::Invalid { operation: "test", fault: "test" }),
+    );
+    assert!(failed.is_err());
+    assert_eq!(handle.result(&a.ids.result_uid).unwrap().as_ref(), Some(&before), "all or nothing");
+    assert!(handle.latest_result(&hash("1.3")).unwrap().is_none());
+    handle.commit_outcome_ranked(&outcome("1.1", "1.3", 1), |_| None, |_| body(), |_| Ok(None)).unwrap();
+    let after = handle.result(&a.ids.result_uid).unwrap().unwrap();
+    assert_eq!(after, ResultRecord { live: false, edition: 2, ..before });
+}
+
+#[test]
+fn a_file_of_version_1_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("old.sqlite");
+    let old = Connection::open(&path).unwrap();
+    old.execute_batch(schema::MIGRATIONS[0]).unwrap();
+    old.pragma_update(None, "application_id", APPLICATION_ID).unwrap();
+    old.pragma_update(None, "user_version", 1).unwrap();
+    let (study, series) = (hash("1.1"), hash("1.2"));
+    old.execute_batch(&format!(
+        "INSERT INTO studies VALUES ('{study}', '1.1', 1, 1);
+         INSERT INTO series VALUES ('{series}', '{study}', '1.2', 'published', 9, 1, 1);
+         INSERT INTO results VALUES ('2.25.7', '{study}', '{series}', 1, 9, 'result', NULL, '{{}}', NULL, 1, 1, 1);
+         INSERT INTO outbox (id, result_uid, sink, payload, state, attempts, next_attempt_ms, created_at_ms, delivered_at_ms)
+             VALUES (41, '2.25.7', 'gone', x'', 'delivered', 1, 5, 1, 6), (40, '2.25.7', 'w', x'7b7d', 'pending', 3, 5, 1, NULL);
+         DELETE FROM outbox WHERE id = 41;"
+    ))
+    .unwrap();
+    drop(old);
+    let store = Store::open(&path).unwrap();
+    drop(Store::open(&path).unwrap());
+    let mut handle = store.handle().unwrap();
+    assert!(handle.is_sound().unwrap());
+    assert_eq!(handle.latest_result(&series).unwrap().unwrap().edition, 1);
+    let item = handle.lease_due(5, 9).unwrap().remove(0);
+    assert_eq!((item.id, item.edition, item.attempt, item.payload.as_slice()), (40, 1, 4, &b"{}"[..]));
+    handle.commit_outcome(&outcome("1.1", "1.2", 2), &[OutboxDraft::document("w")]).unwrap();
+    assert_eq!(handle.outbox_entries("pending", 9).unwrap()[0].id, 42, "numbers are not given twice");
+}
+
 #[test]
 fn a_failed_build_leaves_nothing_behind() {
     let (_dir, _store, mut handle) = open();
@@ -288,6 +430,46 @@ fn threads_commit_at_once_without_a_lost_or_doubled_outcome() {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Whatever the order of commits, also of revisions against one another: the best latest result is live, every
+    /// result's document and alert say what the table says, and a receiver that keeps the highest edition knows it.
+    #[test]
+    fn the_live_result_follows_from_the_latest_results(ranks in prop::collection::vec(prop::collection::vec(0u64..6, 1..4), 1..5), seed: u64) {
+        let (_dir, _store, mut handle) = open();
+        let mut next = vec![0usize; ranks.len()];
+        let mut x = seed | 1;
+        while let Some(left) = Some(next.iter().zip(&ranks).filter(|(n, r)| **n < r.len()).count()).filter(|l| *l > 0) {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let turn = (x >> 33) as usize % left;
+            let s = (0..ranks.len()).filter(|s| next[*s] < ranks[*s].len()).nth(turn).unwrap();
+            next[s] += 1;
+            commit_ranked(&mut handle, "1.1", &format!("1.1.{s}"), next[s] as u32, ranks[s][next[s] - 1]);
+        }
+        let best = (0..ranks.len())
+            .max_by_key(|s| (ranks[*s].last().copied(), std::cmp::Reverse(hash(&format!("1.1.{s}")).as_str().to_owned())))
+            .unwrap();
+        let live = handle.live_result(&hash("1.1")).unwrap().unwrap();
+        let wanted = hash(&format!("1.1.{best}"));
+        prop_assert_eq!(live.series.as_str(), wanted.as_str());
+        prop_assert_eq!(live.revision as usize, ranks[best].len());
+        let mut known = std::collections::HashMap::new();
+        for (edition, live, entry) in told(&handle).into_iter().zip(handle.outbox_entries("pending", 100).unwrap().into_iter().rev())
+            .map(|((edition, live, _), entry)| (edition, live, entry)) {
+            let newest = known.entry(entry.result_uid).or_insert((0, false));
+            prop_assert!(newest.0 < edition, "each edition leaves once");
+            *newest = (edition, live);
+        }
+        for record in handle.results(&ListResults::default()).unwrap() {
+            let document: serde_json::Value = serde_json::from_str(&record.document).unwrap();
+            let superseded = handle.latest_result(&StudyHash::parse(&record.series).unwrap()).unwrap().unwrap() != record;
+            prop_assert_eq!(document["edition"].as_u64().unwrap(), u64::from(record.edition));
+            if !superseded {
+                prop_assert_eq!(document["live"].as_bool().unwrap(), record.live);
+                prop_assert_eq!(known[&record.result_uid].1, record.live);
+                prop_assert_eq!(record.alerted, record.live && document["rank"].as_u64().unwrap() % 2 == 1);
+            }
+        }
+    }
 
     /// Whatever the order of commits over studies and series: one live result a study, never a superseded one.
     #[test]

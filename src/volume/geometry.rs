@@ -43,8 +43,14 @@ pub const SAME_POSITION_MM: f64 = 0.01;
 pub const SAME_POSITION_FRACTION: f64 = 0.01;
 /// Neighbouring distances that a gap is judged by, so that a series of two spacings has no gap where they meet.
 pub const GAP_WINDOW: usize = 9;
-/// In-plane offsets below this are no tilt, pixels.
-pub const NO_SHEAR_PX: f64 = 0.05;
+/// A stack is sheared when the straight line through its in-plane offsets moves by more than this from the first slice
+/// to the last, or when a slice lies further than this from the line, pixels.
+///
+/// Positions rounded to 0.1 mm are off by 0.05 mm, at the finest chest matrix (0.5 mm) by 0.1 pixel; a line through at
+/// least 20 of them moves by less. Half a pixel over the whole stack is a quarter at either end, 0.2 mm of 0.7 mm
+/// pixels and less than a tenth of a voxel of the network's input; a tilt that gives so little over 300 mm has 0.07
+/// degrees, while gantries are set in steps of 0.5.
+pub const NO_SHEAR_PX: f64 = 0.5;
 /// Largest in-plane offset from the middle slice, as a share of the field: beyond it half the image is outside.
 pub const MAX_SHEAR_FRACTION: f64 = 0.5;
 
@@ -89,7 +95,7 @@ pub struct Stack {
     pub in_plane: InPlaneOrientation,
     /// In-plane offset `(row, column)` in stored pixels of each ordered slice, relative to the middle slice, that
     /// shears gantry tilt out: the sample for output `(r, c)` is taken at `(r - dr, c - dc)` of the stored slice.
-    /// `None` when every offset is below 0.05 pixel (no tilt).
+    /// `None` when the offsets are no more than rounding ([`NO_SHEAR_PX`]).
     pub shear_px: Option<Vec<[f64; 2]>>,
     /// Angle between the slice normal and the patient's long axis, degrees.
     pub tilt_deg: f64,
@@ -397,7 +403,7 @@ pub fn build_stack(slices: &[SliceGeometry], limits: &GeometryLimits) -> Result<
         );
         return Err(Refusal::new(Reason::InconsistentGeometry, detail));
     }
-    let sheared = offsets.iter().any(|o| o[0].abs() >= NO_SHEAR_PX || o[1].abs() >= NO_SHEAR_PX);
+    let sheared = is_sheared(&depth_mm, &offsets);
 
     Ok(Stack {
         order,
@@ -410,6 +416,22 @@ pub fn build_stack(slices: &[SliceGeometry], limits: &GeometryLimits) -> Result<
         rows: first.rows,
         columns: first.columns,
         pixel_spacing_mm: first.pixel_spacing_mm,
+    })
+}
+
+/// Whether in-plane offsets are more than rounding: a line is fitted to each of the two by least squares over depth.
+fn is_sheared(depth_mm: &[f64], offsets: &[[f64; 2]]) -> bool {
+    let n = depth_mm.len() as f64;
+    let mean_depth = depth_mm.iter().sum::<f64>() / n;
+    let spread: f64 = depth_mm.iter().map(|d| (d - mean_depth).powi(2)).sum();
+    let extent = depth_mm.last().copied().unwrap_or(0.0);
+    (0..2).any(|axis| {
+        let mean = offsets.iter().map(|o| o[axis]).sum::<f64>() / n;
+        let together: f64 = depth_mm.iter().zip(offsets).map(|(d, o)| (d - mean_depth) * (o[axis] - mean)).sum();
+        // One slice has no spread and no slope.
+        let slope = if spread > 0.0 { together / spread } else { 0.0 };
+        let beside = |(d, o): (&f64, &[f64; 2])| (o[axis] - mean - slope * (d - mean_depth)).abs() > NO_SHEAR_PX;
+        (slope * extent).abs() > NO_SHEAR_PX || depth_mm.iter().zip(offsets).any(beside)
     })
 }
 
@@ -606,6 +628,36 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn rounding_is_no_tilt_and_a_small_tilt_is() {
+        let round = |v: f64| (v * 10.0).round() / 10.0;
+        // Each coordinate rounded on its own, at the finest matrix, with an origin between two decimals.
+        let rounded: Vec<_> = (0..300)
+            .map(|i| {
+                let drift = 0.049 * f64::from(i % 3 - 1);
+                let position_mm = [round(-127.97 + drift), round(-130.02 - drift), f64::from(i)];
+                SliceGeometry { pixel_spacing_mm: [0.5, 0.5], position_mm, ..slice(0.0) }
+            })
+            .collect();
+        assert!(rounded.iter().any(|s| s.position_mm[0] != rounded[0].position_mm[0]), "the rounding shows");
+        assert_eq!(build(&rounded).shear_px, None);
+        // 300 mm at 0.5 degrees: 2.6 mm.
+        for degrees in [-0.5, 0.5] {
+            assert!(build(&tilted(301, 1.0, degrees)).shear_px.is_some(), "{degrees}");
+        }
+        // Half a pixel of 0.7 mm over 299 mm: tan of 0.067 degrees.
+        let just = |degrees: f64| build(&tilted(300, 1.0, degrees)).shear_px.is_some();
+        assert!(!just(0.066) && just(0.068));
+        // One slice beside the others.
+        for (beside_mm, sheared) in [(0.3, false), (0.4, true)] {
+            let mut slices = straight(100, 2.0);
+            slices[40].position_mm[0] += beside_mm;
+            assert_eq!(build(&slices).shear_px.is_some(), sheared, "{beside_mm} mm");
+        }
+        let one = GeometryLimits { min_slices: 1, ..Default::default() };
+        assert_eq!(build_stack(&straight(1, 1.0), &one).map(|s| s.shear_px), Ok(None));
     }
 
     #[test]
