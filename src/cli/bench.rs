@@ -50,7 +50,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
 
 fn model(args: &BenchArgs) -> anyhow::Result<Model> {
     if args.full_size {
-        return Ok(Model::synthetic("full-size, generated weights", &Architecture::full(), 1)?);
+        return Ok(Model::synthetic("full-size-generated", &Architecture::full(), 1)?);
     }
     modelcmd::load(args.engine.model.as_ref())
 }
