@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{Daemon, darnet};
 use darnet::dicom::scu::{SendOptions, send};
@@ -126,8 +126,7 @@ fn state(daemon: &Daemon) -> BTreeMap<String, String> {
     latest.into_iter().map(|(series, r)| (series, said(&r))).collect()
 }
 
-/// Waits until nothing is left to be sent, and checks that a receiver that keeps the highest edition of the highest
-/// revision knows what the store has.
+/// Checks that a receiver that keeps the highest edition of each result knows what the store has.
 fn receiver_agrees(daemon: &Daemon, messages: &[Message]) {
     let results = daemon.results();
     for result in &results {
@@ -152,7 +151,6 @@ fn receiver_agrees(daemon: &Daemon, messages: &[Message]) {
 fn any_order_of_sending_gives_the_same_live_result() {
     let study = Study::new(3);
     let mut states = Vec::new();
-    // The last: a series that was best becomes no result, before or after the others came.
     for order in [["thin", "thick", "sharp"], ["sharp", "thick", "thin"], ["thick", "sharp", "thin"]] {
         let (address, messages) = receiver();
         // Whatever the model says alerts, so that the alert shows which one is live.
@@ -174,13 +172,7 @@ fn any_order_of_sending_gives_the_same_live_result() {
         assert_eq!(state.values().filter(|s| s.ends_with("false false")).count(), 2, "{state:?}");
         states.push(state);
         let mut got = Vec::new();
-        let until = Instant::now() + Duration::from_secs(20);
-        while daemon.metric("darnet_outbox_items{state=\"delivered\"}") < got.len().max(3) as f64
-            && Instant::now() < until
-        {
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        while let Ok(message) = messages.recv_timeout(Duration::from_secs(1)) {
+        while let Ok(message) = messages.recv_timeout(Duration::from_secs(2)) {
             got.push(message);
         }
         receiver_agrees(&daemon, &got);
