@@ -1,3 +1,5 @@
+//! The store's promises: what is committed is committed once, what leaves leaves at least once, one result is live.
+
 use std::os::unix::fs::PermissionsExt as _;
 
 use proptest::prelude::*;
@@ -434,7 +436,10 @@ proptest! {
     /// Whatever the order of commits, also of revisions against one another: the best latest result is live, every
     /// result's document and alert say what the table says, and a receiver that keeps the highest edition knows it.
     #[test]
-    fn the_live_result_follows_from_the_latest_results(ranks in prop::collection::vec(prop::collection::vec(0u64..6, 1..4), 1..5), seed: u64) {
+    fn the_live_result_follows_from_the_latest_results(
+        ranks in prop::collection::vec(prop::collection::vec(0u64..6, 1..4), 1..5),
+        seed: u64,
+    ) {
         let (_dir, _store, mut handle) = open();
         let mut next = vec![0usize; ranks.len()];
         let mut x = seed | 1;
