@@ -786,3 +786,117 @@ impl Renderer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::StudyHasher;
+
+    fn model(sha256: &str) -> ModelInfo {
+        ModelInfo { id: "m".into(), sha256: sha256.into(), intended_use: "demo".into(), trained_on: "nothing".into() }
+    }
+
+    /// The latest result of a series, not live: COVID-19 by far the likeliest.
+    fn record(series: &str, r: Reconstruction, outcome: Outcome) -> ResultRecord {
+        let hasher = StudyHasher::new([2; 32]);
+        let report = match outcome {
+            Outcome::Result => SeriesReport::result(series, &[0.0, 5.0, 0.0], 100).unwrap(),
+            Outcome::NoResult => SeriesReport::no_result(series, &Refusal::new(Reason::Gap, "a hole"), 100),
+        };
+        let alert = AlertPolicy::default().decide(&report, &Calibration::none(), false);
+        let latency = ResultLatency { last_slice_to_alert_ms: None, completion_wait_ms: None };
+        let mut document =
+            ResultDocument::new(&hasher.hash("1"), model("a"), "cpu", "released", alert, latency, report, 5);
+        document.reconstruction = Some(r);
+        ResultRecord {
+            result_uid: "2.25.7".into(),
+            study: document.study.clone(),
+            series: series.into(),
+            revision: 1,
+            slices: 100,
+            outcome: outcome.as_str().into(),
+            reason: None,
+            document: serde_json::to_string(&document).unwrap(),
+            supersedes: None,
+            live: false,
+            alerted: false,
+            created_at_ms: 5,
+            edition: 1,
+        }
+    }
+
+    fn made(kernel: &str, thickness_mm: f64, covers_lungs: bool) -> Reconstruction {
+        Reconstruction {
+            kernel: Some(kernel.into()),
+            slice_thickness_mm: Some(thickness_mm),
+            spacing_mm: Some(thickness_mm),
+            covers_lungs,
+        }
+    }
+
+    #[test]
+    fn each_result_ranks_where_the_preference_puts_it_whoever_asks() {
+        let mut unreadable = record("a", made("B31f", 0.5, true), Outcome::Result);
+        unreadable.document = "{}".into();
+        // Best first.
+        let ordered = [
+            record("f", made("B31f", 1.0, true), Outcome::Result),
+            record("g", made("B31f", 1.0, true), Outcome::Result),
+            record("b", made("B31f", 5.0, true), Outcome::Result),
+            record("c", made("B70f", 0.6, true), Outcome::Result),
+            record("d", made("B31f", 1.0, false), Outcome::Result),
+            record("e", made("B31f", 1.0, true), Outcome::NoResult),
+            unreadable,
+        ];
+        let preference = Preference::default();
+        for (mine, record) in ordered.iter().enumerate().take(ordered.len() - 1) {
+            let document: ResultDocument = serde_json::from_str(&record.document).unwrap();
+            let rank = rank(&preference, document.report.outcome, &document.reconstruction.unwrap());
+            let mut others: Vec<ResultRecord> = ordered.iter().filter(|r| r.series != record.series).cloned().collect();
+            for _ in 0..others.len() {
+                others.rotate_left(1);
+                let winner =
+                    outranked_by(&preference, rank, &record.series, &others).map(|w| others[w].series.as_str());
+                assert_eq!(winner, (mine > 0).then_some("f"), "asked by {}", record.series);
+            }
+        }
+        assert_eq!(outranked_by(&preference, (false, false, false, i64::MIN), "z", &[]), None);
+    }
+
+    #[test]
+    fn a_restated_result_decides_its_alert_anew() {
+        let (policy, calibration, model) = (AlertPolicy::default(), Calibration::none(), model("a"));
+        let webhook = |events| WebhookConfig { url: "https://receiver.example/".into(), events, ..Default::default() };
+        let restate = |webhook: &WebhookConfig, policy: &AlertPolicy, record: &ResultRecord| {
+            let judgement = Judgement { policy, calibration: &calibration, model: &model, webhook };
+            judgement.restate(record).unwrap()
+        };
+        let (all, alerts) = (webhook(WebhookEvents::All), webhook(WebhookEvents::Alerts));
+        let before = record("a", made("B31f", 1.0, true), Outcome::Result);
+        let now = ResultRecord { live: true, edition: 2, ..before.clone() };
+        let won = restate(&alerts, &policy, &now).unwrap();
+        assert!(won.alerted && won.body.outbox == [OutboxDraft::document(WEBHOOK_SINK)]);
+        let document: ResultDocument = serde_json::from_str(&won.body.document).unwrap();
+        assert_eq!((document.live, document.edition, document.alert.class.as_deref()), (true, 2, Some("covid19")));
+        // And back: the alert is taken back; the document says again what it said first.
+        let again =
+            ResultRecord { live: false, alerted: true, edition: 3, document: won.body.document, ..before.clone() };
+        let lost = restate(&alerts, &policy, &again).unwrap();
+        assert!(!lost.alerted && lost.body.outbox.len() == 1);
+        let document: ResultDocument = serde_json::from_str(&lost.body.document).unwrap();
+        let first: ResultDocument = serde_json::from_str(&before.document).unwrap();
+        assert_eq!(document, ResultDocument { edition: 3, ..first });
+
+        // Without an alert before or now, only a receiver of everything hears of it.
+        let silent = AlertPolicy { classes: Default::default(), ..AlertPolicy::default() };
+        assert!(restate(&alerts, &silent, &now).unwrap().body.outbox.is_empty());
+        assert_eq!(restate(&all, &silent, &now).unwrap().body.outbox.len(), 1);
+        assert!(restate(&WebhookConfig::default(), &policy, &now).unwrap().body.outbox.is_empty(), "no webhook");
+        // An alert that does not depend on being live is not told twice.
+        let always = AlertPolicy { only_live: false, ..AlertPolicy::default() };
+        let told = ResultRecord { alerted: true, live: false, ..again.clone() };
+        let kept = restate(&alerts, &always, &told).unwrap();
+        assert!(kept.alerted && kept.body.outbox.is_empty());
+        assert_eq!(restate(&all, &policy, &ResultRecord { document: "{}".into(), ..now }), None);
+    }
+}

@@ -186,7 +186,8 @@ pub struct RetentionReport {
     pub kept_for_outbox: u64,
 }
 
-const RESULT_COLUMNS: &str = "result_uid, study_hash, series_hash, revision, slices, outcome, reason, document, supersedes, live, alerted, created_at_ms, edition";
+const RESULT_COLUMNS: &str = "result_uid, study_hash, series_hash, revision, slices, outcome, reason, document, \
+    supersedes, live, alerted, created_at_ms, edition";
 
 fn result_of(r: &Row<'_>) -> rusqlite::Result<ResultRecord> {
     Ok(ResultRecord {

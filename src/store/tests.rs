@@ -1,3 +1,5 @@
+//! The store's promises: what is committed is committed once, what leaves leaves at least once, one result is live.
+
 use std::os::unix::fs::PermissionsExt as _;
 
 use proptest::prelude::*;
@@ -434,14 +436,20 @@ proptest! {
     /// Whatever the order of commits, also of revisions against one another: the best latest result is live, every
     /// result's document and alert say what the table says, and a receiver that keeps the highest edition knows it.
     #[test]
-    fn the_live_result_follows_from_the_latest_results(ranks in prop::collection::vec(prop::collection::vec(0u64..6, 1..4), 1..5), seed: u64) {
+    fn the_live_result_follows_from_the_latest_results(
+        ranks in prop::collection::vec(prop::collection::vec(0u64..6, 1..4), 1..5),
+        seed: u64,
+    ) {
         let (_dir, _store, mut handle) = open();
         let mut next = vec![0usize; ranks.len()];
         let mut x = seed | 1;
-        while let Some(left) = Some(next.iter().zip(&ranks).filter(|(n, r)| **n < r.len()).count()).filter(|l| *l > 0) {
+        loop {
+            let left: Vec<usize> = (0..ranks.len()).filter(|s| next[*s] < ranks[*s].len()).collect();
+            if left.is_empty() {
+                break;
+            }
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            let turn = (x >> 33) as usize % left;
-            let s = (0..ranks.len()).filter(|s| next[*s] < ranks[*s].len()).nth(turn).unwrap();
+            let s = left[(x >> 33) as usize % left.len()];
             next[s] += 1;
             commit_ranked(&mut handle, "1.1", &format!("1.1.{s}"), next[s] as u32, ranks[s][next[s] - 1]);
         }
@@ -449,12 +457,12 @@ proptest! {
             .max_by_key(|s| (ranks[*s].last().copied(), std::cmp::Reverse(hash(&format!("1.1.{s}")).as_str().to_owned())))
             .unwrap();
         let live = handle.live_result(&hash("1.1")).unwrap().unwrap();
-        let wanted = hash(&format!("1.1.{best}"));
-        prop_assert_eq!(live.series.as_str(), wanted.as_str());
+        let expected = hash(&format!("1.1.{best}"));
+        prop_assert_eq!(live.series.as_str(), expected.as_str());
         prop_assert_eq!(live.revision as usize, ranks[best].len());
         let mut known = std::collections::HashMap::new();
-        for (edition, live, entry) in told(&handle).into_iter().zip(handle.outbox_entries("pending", 100).unwrap().into_iter().rev())
-            .map(|((edition, live, _), entry)| (edition, live, entry)) {
+        let entries = handle.outbox_entries("pending", 100).unwrap().into_iter().rev();
+        for ((edition, live, _), entry) in told(&handle).into_iter().zip(entries) {
             let newest = known.entry(entry.result_uid).or_insert((0, false));
             prop_assert!(newest.0 < edition, "each edition leaves once");
             *newest = (edition, live);
