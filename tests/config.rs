@@ -47,7 +47,8 @@ fn check_config_names_every_fault_at_once_and_changes_nothing() {
     std::fs::write(
         &file,
         format!(
-            "data_dir = {:?}\n[assembly]\nidle_ms = 1\njournal_threads = 0\n[results]\ntop_slices = 0\n[model]\npath = \"no/such/model\"\n[web]\nbind = \"nonsense\"\n",
+            "data_dir = {:?}\n[assembly]\nidle_ms = 1\njournal_threads = 0\n[results]\ntop_slices = 0\n\
+             [model]\npath = \"no/such/model\"\n[web]\nbind = \"nonsense\"\n",
             dir.path().join("none").display().to_string()
         ),
     )

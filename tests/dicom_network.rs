@@ -181,13 +181,14 @@ fn dcmtk_storescu_and_dcmsend_deliver_a_series_byte_for_byte() {
     }
 }
 
-/// The interpreter with pynetdicom: `DARNET_PYTHON`, or the project's own environment.
+/// The interpreter with pynetdicom: `DARNET_TEST_PYTHON`, or the project's own environment.
 fn python() -> String {
-    std::env::var("DARNET_PYTHON").unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/.venv/bin/python").into())
+    std::env::var("DARNET_TEST_PYTHON")
+        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/.venv/bin/python").into())
 }
 
-const PYNETDICOM: &str =
-    "python3 -m venv .venv && .venv/bin/pip install pynetdicom (or set DARNET_PYTHON to an interpreter that has it)";
+const PYNETDICOM: &str = "python3 -m venv .venv && \
+    .venv/bin/pip install pynetdicom (or set DARNET_TEST_PYTHON to an interpreter that has it)";
 
 #[test]
 fn pynetdicom_delivers_over_four_associations_at_once() {

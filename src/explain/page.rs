@@ -313,7 +313,8 @@ fn summary_page(
         "<h2>How to read this</h2>\n<p class=\"small\">Colours show the class activation map of {class_name}: which parts of the \
          scan raised its score. The map has {d} x {h} x {w} cells of about {:.0} x {:.0} x {:.0} mm; edges finer than that come from \
          interpolation. It is no segmentation and no measurement, and it can be bright where nothing is wrong. Scale: 0 to {:.4}, \
-         values below {:.0} % of it, negative ones among them, are not drawn. Outside the analysed field nothing is drawn. Rows run to posterior, the patient&#39;s left is on the right.</p>\n\
+         values below {:.0} % of it, negative ones among them, are not drawn. Outside the analysed field nothing is drawn. \
+         Rows run to posterior, the patient&#39;s left is on the right.</p>\n\
          <p class=\"small\">Model {}, trained on: {}. Window centre {} HU, width {} HU. {total} slices.</p>\n</body></html>\n",
         cell[0],
         cell[1],

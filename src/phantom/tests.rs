@@ -1,3 +1,5 @@
+//! Tests of the phantom's parts that are not public.
+
 use super::*;
 
 fn small(class: PhantomClass, seed: u64) -> PhantomSpec {

@@ -4,8 +4,9 @@
 //! does not lose it). Output: objects through a [`Door`]. A file is read once it has not changed for
 //! `settle_ms`; a file that cannot be read or understood stays where it is and is tried again when it changes; one for
 //! which there was no room (a full disk, a bound) is tried again after [`FIRST_RETRY`], then twice that, up to
-//! [`LAST_RETRY`]; one that ends inside its pixels has [`CUT_PATIENCE`] to grow. What happens to a file that is in a journal is configured: left, moved aside or deleted. An object
-//! that is no image (a dose report) is in no journal, so its file stays whatever is configured.
+//! [`LAST_RETRY`]; one that ends inside its pixels has [`CUT_PATIENCE`] to grow. What happens to a file that is in a
+//! journal is configured: left, moved aside or deleted. An object that is no image (a dose report) is in no journal, so
+//! its file stays whatever is configured.
 //!
 //! Deliberately absent: names in logs.
 

@@ -218,17 +218,20 @@ mod tests {
         type Row<'a> = (&'a str, AlertPolicy, &'a Calibration, [f32; 3], bool, Level, Option<&'a str>, Option<f64>);
         #[rustfmt::skip]
         let table: Vec<Row> = vec![
-            // name                       policy            calibration  CP COVID healthy   live   level           class            threshold
+            // name  policy  calibration  CP COVID healthy  live  level  class  threshold
             ("covid over threshold",      default.clone(),  &c,    [0.1, 0.8, 0.1],   true,  Level::Urgent,  Some("covid19"), Some(0.3)),
             ("sensitive threshold",       default.clone(),  &c,    [0.05, 0.35, 0.6], true,  Level::Urgent,  Some("covid19"), Some(0.3)),
             ("cp over threshold",         default.clone(),  &c,    [0.8, 0.1, 0.1],   true,  Level::Routine, Some("cp"),      Some(0.5)),
             ("both over: level first",    default.clone(),  &c,    [0.6, 0.35, 0.05], true,  Level::Urgent,  Some("covid19"), Some(0.3)),
             ("healthy",                   default.clone(),  &c,    [0.1, 0.1, 0.8],   true,  Level::None,    None,            None),
             ("not live",                  default.clone(),  &c,    [0.1, 0.8, 0.1],   false, Level::None,    None,            None),
-            ("not live but asked for",    with(|p| p.only_live = false), &c, [0.1, 0.8, 0.1], false, Level::Urgent, Some("covid19"), Some(0.3)),
-            ("config overrides",          with(|p| { p.thresholds.insert("covid19".into(), 0.9); }), &c, [0.1, 0.8, 0.1], true, Level::None, None, None),
+            ("not live but asked for",    with(|p| p.only_live = false),
+                &c, [0.1, 0.8, 0.1], false, Level::Urgent, Some("covid19"), Some(0.3)),
+            ("config overrides",          with(|p| { p.thresholds.insert("covid19".into(), 0.9); }),
+                &c, [0.1, 0.8, 0.1], true, Level::None, None, None),
             ("class switched off",        with(|p| { p.classes.remove("covid19"); }), &c, [0.1, 0.8, 0.1], true, Level::None, None, None),
-            ("class at level none",       with(|p| { p.classes.insert("covid19".into(), Level::None); }), &c, [0.1, 0.8, 0.1], true, Level::None, None, None),
+            ("class at level none",       with(|p| { p.classes.insert("covid19".into(), Level::None); }),
+                &c, [0.1, 0.8, 0.1], true, Level::None, None, None),
             ("no class alerts",           with(|p| p.classes.clear()), &c, [0.1, 0.8, 0.1], true, Level::None, None, None),
             ("no threshold: predicted",   default.clone(),  &none, [0.3, 0.4, 0.3],   true,  Level::Urgent,  Some("covid19"), None),
             ("no threshold: not",         default.clone(),  &none, [0.3, 0.3, 0.4],   true,  Level::None,    None,            None),

@@ -66,15 +66,18 @@ macro_rules! metrics_table {
 }
 
 metrics_table! {
-    STAGE_SECONDS = "darnet_stage_seconds", Histogram, ["stage"], "Time spent in a stage of the pipeline, per slice up to resample, per series after it.";
-    LAST_SLICE_TO_ALERT = "darnet_last_slice_to_alert_seconds", Histogram, [], "From the last P-DATA byte of the last slice to the commit of the outcome in the outbox.";
+    STAGE_SECONDS = "darnet_stage_seconds", Histogram, ["stage"],
+        "Time spent in a stage of the pipeline, per slice up to resample, per series after it.";
+    LAST_SLICE_TO_ALERT = "darnet_last_slice_to_alert_seconds", Histogram, [],
+        "From the last P-DATA byte of the last slice to the commit of the outcome in the outbox.";
     COMPLETION_WAIT = "darnet_completion_wait_seconds", Histogram, [], "From the last slice to the moment the series counted as complete.";
     QUEUE_DEPTH = "darnet_queue_depth", Gauge, ["queue"], "Messages waiting in a queue between two stages.";
     QUEUE_CAPACITY = "darnet_queue_capacity", Gauge, ["queue"], "Messages a queue can hold before it pushes back.";
     SLICES = "darnet_slices_total", Counter, ["outcome"], "Slices received: stored, refused, duplicate or conflict.";
     INGEST_BYTES = "darnet_ingest_bytes_total", Counter, [], "Bytes of data sets received.";
     OBJECTS_IGNORED = "darnet_objects_ignored_total", Counter, ["kind"], "Objects that are no CT slice, taken and ignored.";
-    ASSOCIATIONS = "darnet_associations_total", Counter, ["result"], "Association requests and ends: accepted, rejected, aborted or released.";
+    ASSOCIATIONS = "darnet_associations_total", Counter, ["result"],
+        "Association requests and ends: accepted, rejected, aborted or released.";
     ASSOCIATIONS_REJECTED = "darnet_association_rejects_total", Counter, ["reason"], "Association requests rejected, by reason.";
     ASSOCIATIONS_ACTIVE = "darnet_associations_active", Gauge, [], "Associations open now.";
     PROTOCOL_ERRORS = "darnet_protocol_errors_total", Counter, ["kind"], "Violations of the DICOM upper layer protocol by a peer.";
@@ -86,11 +89,13 @@ metrics_table! {
     OUTCOMES = "darnet_outcomes_total", Counter, ["outcome", "reason"], "Outcomes published; the reason is none for a result.";
     ALERTS = "darnet_alerts_total", Counter, ["level", "class"], "Alerts raised.";
     OUTBOX_ITEMS = "darnet_outbox_items", Gauge, ["state"], "Items of the outbox: pending, sending, delivered or dead.";
-    OUTBOX_ATTEMPTS = "darnet_outbox_attempts_total", Counter, ["sink", "result"], "Delivery attempts: delivered, failed (to be retried) or dead.";
+    OUTBOX_ATTEMPTS = "darnet_outbox_attempts_total", Counter, ["sink", "result"],
+        "Delivery attempts: delivered, failed (to be retried) or dead.";
     RECOVERED_SERIES = "darnet_recovered_series_total", Counter, [], "Series resumed after a start.";
     RECOVERED_SLICES = "darnet_recovered_slices_total", Counter, [], "Slices found in journals after a start.";
     RECOVERY_CUT_BYTES = "darnet_recovery_cut_bytes_total", Counter, [], "Bytes of torn records cut from journals after a start.";
-    PANICS = "darnet_panics_total", Counter, ["stage"], "Panics contained; each ended one study as no result or one delivery attempt as failed.";
+    PANICS = "darnet_panics_total", Counter, ["stage"],
+        "Panics contained; each ended one study as no result or one delivery attempt as failed.";
     CONFIG_FAULTS = "darnet_config_faults_total", Counter, [], "Faults found in configurations that were not taken.";
     HTTP_REQUESTS = "darnet_http_requests_total", Counter, ["route", "status"], "Requests to the web server.";
     BUILD_INFO = "darnet_build_info", Gauge, ["version", "commit", "backend", "model"], "Always 1; the labels say what runs.";
