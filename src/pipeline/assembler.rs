@@ -484,9 +484,10 @@ impl Assembler {
         }
         if let (Some(note), Some(series)) = (published, self.series.get_mut(key)) {
             series.revision = note.revision;
-            series.conflict = note.conflict;
+            let since = series.conflict && !note.conflict;
+            series.conflict |= note.conflict;
             series.repeats.retain(|repeat| repeat.ordinal >= covered);
-            if series.entries.len() as u64 == note.distinct {
+            if series.entries.len() as u64 == note.distinct && !since {
                 series.published_version = series.version;
             }
         }

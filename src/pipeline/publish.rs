@@ -453,7 +453,6 @@ impl Publisher {
             Ok(committed) => committed,
             Err(error) => {
                 incidents::CommitFailed { series: &job.series, detail: &error.to_string() }.emit();
-                job.notes = report.quality;
                 message.failed = Some(Box::new(job));
                 return message;
             }
@@ -537,7 +536,7 @@ impl Publisher {
             job.result = Err(refusal);
             report
         });
-        report.quality = std::mem::take(&mut job.notes);
+        report.quality.clone_from(&job.notes);
         report.latency_ms.decode = Some(job.timing.decode_s * 1e3);
         report.latency_ms.resample = Some(job.timing.resample_s * 1e3);
         if let Ok(inferred) = &job.result {
@@ -694,11 +693,12 @@ pub struct Renderer {
 impl Renderer {
     /// Renders until the queue closes.
     pub fn run(mut self) {
-        let mut kept: Option<Instant> = None;
+        // Not at once: what was open when the daemon stopped, however long ago, is resumed and published first.
+        let mut kept = Instant::now();
         loop {
-            if self.retention_days > 0 && kept.is_none_or(|at| at.elapsed() >= HOUSEKEEPING) {
+            if self.retention_days > 0 && kept.elapsed() >= HOUSEKEEPING {
                 self.remove_old();
-                kept = Some(Instant::now());
+                kept = Instant::now();
             }
             self.metrics.upkeep();
             match self.jobs.recv_timeout(UPKEEP) {
@@ -780,7 +780,9 @@ impl Renderer {
                     let _ = std::fs::remove_dir_all(self.results_dir.join(series.as_str()));
                     self.journals.delete(series, not_after);
                 }
-                incidents::RetentionDone { studies: report.studies, kept: report.kept_for_outbox }.emit();
+                if report.studies > 0 {
+                    incidents::RetentionDone { studies: report.studies, kept: report.kept_for_outbox }.emit();
+                }
             }
             Err(error) => incidents::RetentionFailed { detail: &error.to_string() }.emit(),
         }
