@@ -289,7 +289,6 @@ impl Daemon {
             journals.clone(),
         );
         spawn("assemble".to_owned(), Box::new(move || assembler.run()))?;
-        let entrance = Entrance::new(journals.clone(), hasher, arrivals_tx.clone(), &config.peers.trust_series_count);
         let recovering = journals.clone();
         let recover = std::thread::Builder::new()
             .name("recover".to_owned())
@@ -299,9 +298,10 @@ impl Daemon {
                 }
             })
             .map_err(io("start a thread"))?;
-        // From here on an error stops what runs.
+        let entrance = Entrance::new(journals.clone(), hasher, arrivals_tx.clone(), &config.peers.trust_series_count);
+        // From here on an error stops what runs. It must hold the last handles: its threads end with them.
         let running = Running {
-            entrance: Some(entrance.clone()),
+            entrance: Some(entrance),
             journals: Some(journals),
             arrivals: arrivals_tx,
             threads,
@@ -309,8 +309,9 @@ impl Daemon {
             recover: Some(recover),
             ended,
         };
+        let entrance = running.entrance.as_ref().expect("given above");
         let scp = ScpServer::bind(&config.dicom, Arc::new(StoreFactory::new(entrance.clone())))?;
-        let folder = FolderWatcher::start(&config.folder, &entrance, config.dicom.max_object_bytes)?;
+        let folder = FolderWatcher::start(&config.folder, entrance, config.dicom.max_object_bytes)?;
         let web = WebServer::start(
             &config.web,
             WebState {

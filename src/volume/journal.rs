@@ -452,7 +452,10 @@ impl JournalWriter {
         if !self.dirty {
             return Ok(());
         }
-        if let Err(source) = self.file.sync_data() {
+        let synced = self.file.sync_data();
+        #[cfg(test)]
+        let synced = if self.fault.sync_fails { Err(io::Error::other("a fault of the test")) } else { synced };
+        if let Err(source) = synced {
             self.poisoned = true;
             // What was not synced was not acknowledged: it must not be found by whoever opens the file next, or a
             // sender that tries again would be told that it is there already.
@@ -924,6 +927,8 @@ mod tests {
         short: Option<usize>,
         /// Writes left before the disk is full.
         writes_left: Option<usize>,
+        /// The next sync fails.
+        pub(super) sync_fails: bool,
     }
 
     impl Fault {
@@ -1162,7 +1167,7 @@ mod tests {
         let path = dir.path().join("j");
         let mut writer = JournalWriter::create(&path).expect("create");
         for (k, short) in [(0, 1), (5, 3), (3, 64), (4, 1000)] {
-            writer.fault = Fault { short: Some(short), writes_left: None };
+            writer.fault = Fault { short: Some(short), ..Fault::default() };
             writer.append(&head(&format!("1.2.{k}")), &payload(k)).expect("append");
         }
         drop(writer);
@@ -1178,13 +1183,35 @@ mod tests {
         writer.append(&head("1.2.1"), &payload(1)).expect("append");
         let len = writer.len();
         for writes in 0..5 {
-            writer.fault = Fault { short: Some(20), writes_left: Some(writes) };
+            writer.fault = Fault { short: Some(20), writes_left: Some(writes), ..Fault::default() };
             let error = writer.append(&head("1.2.9"), &payload(9)).expect_err("full");
             assert!(error.is_no_space(), "{error}");
             assert_eq!((writer.len(), std::fs::metadata(&path).expect("stat").len()), (len, len));
         }
         writer.fault = Fault::default();
         writer.append(&head("1.2.2"), &payload(2)).expect("space again");
+        drop(writer);
+        let (writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), [1, 2]);
+    }
+
+    #[test]
+    fn what_a_failed_sync_left_unsynced_is_not_found_by_the_next_writer() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("j");
+        let mut writer = JournalWriter::create(&path).expect("create");
+        writer.append(&head("1.2.1"), &payload(1)).expect("append");
+        writer.sync().expect("sync");
+        writer.append(&head("1.2.2"), &payload(2)).expect("append");
+        writer.fault.sync_fails = true;
+        writer.sync().expect_err("the disk");
+        assert!(writer.was_cut_back());
+        assert!(matches!(writer.append(&head("1.2.3"), &payload(3)), Err(JournalError::Poisoned)));
+        drop(writer);
+        let (mut writer, records) = JournalWriter::open(&path).expect("open");
+        assert_eq!(check(&writer, &records), [1], "the second was not acknowledged");
+        writer.append(&head("1.2.2"), &payload(2)).expect("the sender tries again");
+        writer.sync().expect("sync");
         drop(writer);
         let (writer, records) = JournalWriter::open(&path).expect("open");
         assert_eq!(check(&writer, &records), [1, 2]);
