@@ -118,6 +118,18 @@ const CASES: &[Case] = &[
         says: "ImagePositionPatient",
     },
     Case {
+        name: "missing position in the last third: what is left must not be judged as the whole",
+        prepare: |files, to| {
+            edited(files, to, |k, o| {
+                if k >= 27 {
+                    o.remove_element(tags::IMAGE_POSITION_PATIENT);
+                }
+            });
+        },
+        reason: "inconsistent_geometry",
+        says: "without",
+    },
+    Case {
         name: "NaN spacing",
         prepare: |files, to| {
             edited(files, to, |_, o| set(o, tags::PIXEL_SPACING, VR::DS, "NaN\\NaN"));
