@@ -186,7 +186,7 @@ impl Daemon {
 
     /// Asks with SIGTERM and waits for the exit code.
     pub fn terminate(&mut self) -> Option<i32> {
-        Command::new("kill").arg(self.child.id().to_string()).status().unwrap();
+        signal(self.child.id(), "TERM");
         let until = Instant::now() + Duration::from_secs(30);
         while Instant::now() < until {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -201,7 +201,7 @@ impl Daemon {
     pub fn reload(&self, change: impl FnOnce(String) -> String) {
         let text = std::fs::read_to_string(&self.config).unwrap();
         std::fs::write(&self.config, change(text)).unwrap();
-        Command::new("kill").args(["-HUP", &self.child.id().to_string()]).status().unwrap();
+        signal(self.child.id(), "HUP");
     }
 
     /// What was logged so far.
@@ -270,6 +270,12 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Sends a signal by the shell's own `kill`: a bare machine has no program of that name.
+fn signal(pid: u32, name: &str) {
+    let status = Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status().unwrap();
+    assert!(status.success());
 }
 
 /// One HTTP exchange.
