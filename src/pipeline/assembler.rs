@@ -173,8 +173,8 @@ pub struct Assembler {
     series: HashMap<StudyHash, Series>,
     /// Stays of series in memory so far.
     epochs: u64,
-    /// What the inference worker has in hand: the series, and whether it was not complete when it was sent.
-    running: Option<(StudyHash, bool)>,
+    /// The series that the inference worker has in hand.
+    running: Option<StudyHash>,
     /// Series whose content is in the journal only, and when it was asked for.
     deferred: BTreeMap<StudyHash, Option<Instant>>,
     /// Complete series among the deferred ones: they wait for the grace time again, not for the idle bound.
@@ -253,12 +253,6 @@ impl Assembler {
                     }
                     None
                 }
-                Event::Arrival(ToAssembler::Flush) => {
-                    for series in self.series.values_mut() {
-                        series.completion.flush();
-                    }
-                    None
-                }
                 Event::Decoded(decoded) => Some(self.decoded(decoded)),
                 Event::Inferred(done) => Some(self.inferred(done)),
                 Event::Published(published) => Some(self.published(published)),
@@ -330,7 +324,7 @@ impl Assembler {
             .min_by_key(|(_, s)| (s.completed.is_none(), s.completed.map(|(_, at)| at), s.quiet_since))
             .map(|(key, s)| (key.clone(), s.completed.is_some()));
         let Some((key, complete)) = next else { return };
-        if let Some((running, _)) = &self.running {
+        if let Some(running) = &self.running {
             if complete
                 && let Some(series) = self.series.get(running)
                 && series.completed.is_none()
@@ -345,7 +339,7 @@ impl Assembler {
         match self.channels.infer.try_send(pending) {
             Ok(()) => {
                 job.sent = true;
-                self.running = Some((key, !complete));
+                self.running = Some(key);
             }
             Err(TrySendError::Full(pending) | TrySendError::Disconnected(pending)) => job.pending = Some(pending),
         }
@@ -676,7 +670,8 @@ impl Assembler {
         published.series
     }
 
-    /// Compares repeats whose first is decoded. A first that has no pixels of its own cannot be in conflict.
+    /// Compares repeats whose first is decoded or cannot be. One that was refused by its header alone has no grid, and a
+    /// repeat with the same header is refused alike.
     fn compare_repeats(&mut self, key: &StudyHash) {
         let Some(series) = self.series.get_mut(key) else { return };
         if series.repeats.is_empty() {

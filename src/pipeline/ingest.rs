@@ -129,8 +129,6 @@ pub enum ToAssembler {
         /// Its number.
         association: u64,
     },
-    /// Every open series is to be taken as complete (end of a `--flush` run, tests).
-    Flush,
     /// Finish what is running, start nothing, end.
     Stop,
 }

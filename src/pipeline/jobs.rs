@@ -132,9 +132,9 @@ pub struct InferDone {
     pub result: Result<Option<Box<Inferred>>, Refusal>,
 }
 
-/// A judged volume.
+/// What was made of a volume.
 #[derive(Debug)]
-pub struct Inferred {
+pub struct Judged {
     /// What the network said.
     pub inference: Inference,
     /// The activation map of the predicted class.
@@ -145,10 +145,6 @@ pub struct Inferred {
     pub depth: DepthPlan,
     /// Where the rows and columns lie (of the middle slice).
     pub in_plane: InPlanePlan,
-    /// Geometry.
-    pub stack: Stack,
-    /// Slices, feet first.
-    pub slices: Vec<SliceHandle>,
     /// Seconds of gathering along depth (with in-plane resampling where it had to be done again).
     pub gather_s: f64,
     /// Seconds of the network.
@@ -157,10 +153,21 @@ pub struct Inferred {
     pub cam_s: f64,
 }
 
+/// A judged series with its slices.
+#[derive(Debug)]
+pub struct Inferred {
+    /// What was made of the volume.
+    pub judged: Judged,
+    /// Geometry.
+    pub stack: Stack,
+    /// Slices, feet first.
+    pub slices: Vec<SliceHandle>,
+}
+
 /// Where the time of a series went.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// First P-DATA byte of the last slice read.
+    /// When the last P-DATA byte of the last slice was read.
     pub last_pdata_at: Instant,
     /// When the series was found complete.
     pub completed_at: Instant,

@@ -367,13 +367,6 @@ impl Daemon {
         self.running.as_ref().is_some_and(Running::is_sound)
     }
 
-    /// Takes every open series as complete, whatever the completion rules say.
-    pub fn flush(&self) {
-        if let Some(running) = &self.running {
-            let _ = running.arrivals.send(ToAssembler::Flush);
-        }
-    }
-
     /// Ends in the order of the data: associations get `drain` to finish their object, what is journalled stays for
     /// the next start, outcomes in hand are published, deliveries not made stay in the outbox.
     pub fn shutdown(mut self, drain: Duration) {

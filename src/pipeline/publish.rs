@@ -497,11 +497,11 @@ impl Publisher {
         let dir = self.results_dir.join(job.series.as_str()).join(committed.revision.to_string());
         let (done, rendered) = bounded(0);
         let completion_wait = job.timing.completed_at.duration_since(job.timing.last_pdata_at);
-        let infer_s = job.result.as_ref().map_or(0.0, |i| i.infer_s);
+        let infer_s = job.result.as_ref().map_or(0.0, |i| i.judged.infer_s);
         if let (Some(render), Ok(inferred)) = (&self.render, job.result) {
             let render_job = RenderJob {
                 series: job.series.clone(),
-                scores: inferred.inference.scores.clone(),
+                scores: inferred.judged.inference.scores.clone(),
                 inferred,
                 notes: report.quality.clone(),
                 dir: dir.clone(),
@@ -528,7 +528,7 @@ impl Publisher {
     fn report(&self, job: &mut PublishJob) -> SeriesReport {
         let slices = job.slices as u64;
         let made = match &job.result {
-            Ok(inferred) => SeriesReport::result(job.series.as_str(), &inferred.inference.logits, slices),
+            Ok(inferred) => SeriesReport::result(job.series.as_str(), &inferred.judged.inference.logits, slices),
             Err(refusal) => Ok(SeriesReport::no_result(job.series.as_str(), refusal, slices)),
         };
         let mut report = made.unwrap_or_else(|refusal| {
@@ -543,15 +543,15 @@ impl Publisher {
             complete(
                 &mut report,
                 &self.calibration,
-                &inferred.lung,
-                self.class_keys.get(inferred.cam.class).cloned().unwrap_or_default(),
+                &inferred.judged.lung,
+                self.class_keys.get(inferred.judged.cam.class).cloned().unwrap_or_default(),
                 Some("cam.safetensors".to_owned()),
             );
             report.latency_ms = LatencyMs {
                 decode: Some(job.timing.decode_s * 1e3),
-                resample: Some((job.timing.resample_s + inferred.gather_s) * 1e3),
-                infer: Some(inferred.infer_s * 1e3),
-                explain: Some(inferred.cam_s * 1e3),
+                resample: Some((job.timing.resample_s + inferred.judged.gather_s) * 1e3),
+                infer: Some(inferred.judged.infer_s * 1e3),
+                explain: Some(inferred.judged.cam_s * 1e3),
             };
         }
         report
@@ -669,7 +669,7 @@ fn reconstruction(header: &SliceHeader, result: Result<&Inferred, &Refusal>) -> 
         kernel: header.convolution_kernel.clone(),
         slice_thickness_mm: header.slice_thickness_mm.filter(|t| t.is_finite()),
         spacing_mm: result.ok().map(|i| i.stack.spacing_mm),
-        covers_lungs: result.is_ok_and(|i| !i.lung.lung_truncated_top && !i.lung.lung_truncated_bottom),
+        covers_lungs: result.is_ok_and(|i| !i.judged.lung.lung_truncated_top && !i.judged.lung.lung_truncated_bottom),
     }
 }
 
@@ -732,12 +732,16 @@ impl Renderer {
             columns: inferred.stack.columns,
             pixel_spacing_mm: inferred.stack.pixel_spacing_mm,
             orientation: inferred.stack.in_plane,
-            inference: &inferred.inference,
+            inference: &inferred.judged.inference,
             head_weight: &self.head_weight,
-            class: inferred.cam.class,
+            class: inferred.judged.cam.class,
             class_names: &self.class_names,
             scores: &job.scores,
-            geometry: CamGeometry { in_plane: &inferred.in_plane, depth: &inferred.depth, input_dhw: self.input_dhw },
+            geometry: CamGeometry {
+                in_plane: &inferred.judged.in_plane,
+                depth: &inferred.judged.depth,
+                input_dhw: self.input_dhw,
+            },
             window: self.window,
             banner: notice.as_deref(),
             notes: &job.notes,

@@ -16,7 +16,7 @@ use crate::dicom::decode::PixelDecoder;
 use crate::engine::{CancelToken, EngineError, Inference, Session};
 use crate::explain::class_activation_map;
 use crate::model::manifest::Preprocessing;
-use crate::pipeline::jobs::{DecodeJob, DecodeTask, Decoded, DecodedSlice, InferDone, InferJob, Inferred, SliceHandle};
+use crate::pipeline::jobs::{DecodeJob, DecodeTask, Decoded, DecodedSlice, InferDone, InferJob, Inferred, Judged};
 use crate::pipeline::planes::PlanePool;
 use crate::resample::cpu::{Window, gather_plane, in_plane};
 use crate::resample::lung::{self, LungCheck, SliceLung};
@@ -181,27 +181,6 @@ pub struct VolumeToJudge<'a> {
     pub lung: &'a [SliceLung],
     /// Set when the run is to stop.
     pub cancel: &'a CancelToken,
-}
-
-/// The part of an [`Inferred`] that does not hold the slices.
-#[derive(Debug)]
-pub struct Judged {
-    /// What the network said.
-    pub inference: Inference,
-    /// The activation map of the predicted class.
-    pub cam: crate::explain::Cam,
-    /// What the lung check says.
-    pub lung: lung::LungReport,
-    /// Where the planes lie.
-    pub depth: DepthPlan,
-    /// Where rows and columns lie.
-    pub in_plane: InPlanePlan,
-    /// Seconds of gathering.
-    pub gather_s: f64,
-    /// Seconds of the network.
-    pub infer_s: f64,
-    /// Seconds of the activation map.
-    pub cam_s: f64,
 }
 
 impl Judge {
@@ -370,17 +349,5 @@ fn infer_one(judge: &mut Judge, job: &InferJob) -> Result<Option<Box<Inferred>>,
     events::StageTimed { stage: Stage::Resample, took: Duration::from_secs_f64(judged.gather_s) }.emit();
     events::StageTimed { stage: Stage::Infer, took: Duration::from_secs_f64(judged.infer_s) }.emit();
     events::StageTimed { stage: Stage::Explain, took: Duration::from_secs_f64(judged.cam_s) }.emit();
-    let slices: Vec<SliceHandle> = job.slices.clone();
-    Ok(Some(Box::new(Inferred {
-        inference: judged.inference,
-        cam: judged.cam,
-        lung: judged.lung,
-        depth: judged.depth,
-        in_plane: judged.in_plane,
-        stack: job.stack.clone(),
-        slices,
-        gather_s: judged.gather_s,
-        infer_s: judged.infer_s,
-        cam_s: judged.cam_s,
-    })))
+    Ok(Some(Box::new(Inferred { judged, stack: job.stack.clone(), slices: job.slices.clone() })))
 }
