@@ -218,6 +218,24 @@ pub trait Backend: Send + Sync {
     }
 }
 
+/// How much of a run had been done by [`Session::advance`] before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Reuse {
+    /// Multiply-adds of the run that were taken over from work done ahead.
+    pub reused_macs: u64,
+    /// Multiply-adds of all that can be done ahead: the stem and both convolutions of the first block.
+    pub ahead_macs: u64,
+    /// Multiply-adds of the whole run.
+    pub total_macs: u64,
+}
+
+impl Reuse {
+    /// Share of what can be done ahead that was, 0 to 1; 0 for a backend that does nothing ahead.
+    pub fn share(&self) -> f64 {
+        if self.ahead_macs == 0 { 0.0 } else { self.reused_macs as f64 / self.ahead_macs as f64 }
+    }
+}
+
 /// One worker's way to run the network.
 pub trait Session: Send {
     /// Runs the network on `input` (D, H, W row-major, values in [0, 1]) and fills `out`, whose buffers are reused.
@@ -226,6 +244,25 @@ pub trait Session: Send {
     /// [`EngineError::InputLength`], [`EngineError::Cancelled`] when `cancel` is set (looked at between blocks of
     /// rows), [`EngineError::NotFinite`]. The content of `out` is then unspecified; the session stays usable.
     fn run(&mut self, input: &[f32], cancel: &CancelToken, out: &mut Inference) -> Result<(), EngineError>;
+
+    /// Does ahead what the planes marked in `ready` (one a plane of `input`) allow: rows of the stem and of the first
+    /// block's two convolutions. Work already done on planes whose bits are the same is not done again.
+    ///
+    /// A guess costs nothing but time: the next [`run`](Self::run) compares its input with what was used here, plane by
+    /// plane and bit by bit, takes over what is the same and computes the rest, so its output has the same bits as
+    /// without this call. Planes not marked are not read. The default does nothing.
+    ///
+    /// # Errors
+    /// [`EngineError::InputLength`]; [`EngineError::Cancelled`] when `cancel` is set: what was finished is kept.
+    fn advance(&mut self, input: &[f32], ready: &[bool], cancel: &CancelToken) -> Result<(), EngineError> {
+        let _ = (input, ready, cancel);
+        Ok(())
+    }
+
+    /// How much the last [`run`](Self::run) took over from [`advance`](Self::advance).
+    fn reuse(&self) -> Reuse {
+        Reuse::default()
+    }
 }
 
 /// Prepares `model` for `kind`.
