@@ -204,7 +204,7 @@ impl Daemon {
         }
         let hasher = StudyHasher::load_or_create(&data_dir.join("hash.key"))?;
         let store = Store::open(&data_dir.join("darnet.sqlite"))?;
-        let options = EngineOptions { threads: config.model.threads };
+        let options = EngineOptions { threads: config.model.threads, ..EngineOptions::default() };
         let backend = prepare(config.model.backend, model, &options)?;
         let backend_name = backend.name();
         let backend_note = backend.note().map(str::to_owned);
