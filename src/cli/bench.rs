@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use darnet::config::Config;
 use darnet::dicom::scu::{SendOptions, send};
-use darnet::engine::{CancelToken, EngineOptions, Inference, prepare};
+use darnet::engine::{CancelToken, EngineOptions, Inference, LayerTiming, prepare};
 use darnet::model::Model;
 use darnet::model::manifest::{Architecture, DepthGrid, SliceDirection};
 use darnet::phantom::{DicomOptions, Phantom, PhantomClass, PhantomSpec, generate, write_dicom};
@@ -42,10 +42,29 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
         print_json(&document)?;
     } else if let Value::Object(map) = &document {
         for (key, value) in map {
-            println!("{key:>24}  {value}");
+            match value {
+                Value::Array(rows) if rows.iter().all(Value::is_object) => print_table(key, rows),
+                _ => println!("{key:>24}  {value}"),
+            }
         }
     }
     Ok(Ended::Done)
+}
+
+/// A list of objects with the same keys, as a table.
+fn print_table(title: &str, rows: &[Value]) {
+    let Some(Value::Object(first)) = rows.first() else { return };
+    println!("{title}:");
+    let cell = |value: &Value| match value {
+        Value::Number(n) if n.is_f64() => format!("{:.2}", n.as_f64().unwrap_or(f64::NAN)),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let line = |cells: Vec<String>| println!("  {}", cells.iter().map(|c| format!("{c:>18}")).collect::<String>());
+    line(first.keys().cloned().collect());
+    for row in rows {
+        line(first.keys().map(|key| cell(&row[key])).collect());
+    }
 }
 
 fn model(args: &BenchArgs) -> anyhow::Result<Model> {
@@ -97,6 +116,7 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
     let architecture = model.manifest.architecture.clone();
     let (id, macs) = (model.manifest.id.clone(), architecture.macs());
     drop(model); // the daemon does not keep the weights as loaded either
+    let mut layers: Vec<(LayerTiming, Vec<f64>)> = Vec::new();
     let input = darnet::model::synthetic::volume(architecture.input_dhw, 1);
     let mut out = Inference::default();
     let cancel = CancelToken::new();
@@ -108,17 +128,41 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
         let started = Instant::now();
         session.run(&input, &cancel, &mut out)?;
         runs.push(started.elapsed().as_secs_f64());
+        for (index, layer) in session.layers().into_iter().enumerate() {
+            match layers.get_mut(index) {
+                Some((_, seconds)) => seconds.push(layer.seconds),
+                None => layers.push((layer.clone(), vec![layer.seconds])),
+            }
+        }
     }
+    let layers: Vec<Value> = layers
+        .into_iter()
+        .map(|(layer, mut seconds)| {
+            seconds.sort_by(f64::total_cmp);
+            let p50_s = quantile(&seconds, 0.50);
+            json!({
+                "layer": layer.name,
+                "kernel": layer.kernel,
+                "gmacs": layer.macs as f64 / 1e9,
+                "p50_ms": p50_s * 1e3,
+                "gflops": 2.0 * layer.macs as f64 / 1e9 / p50_s,
+            })
+        })
+        .collect();
     let mut document = json!({
         "bench": "inference",
         "model": id,
         "backend": backend.name(),
-        "threads": args.engine.threads,
+        "instruction_set": backend.instruction_set(),
+        "threads": backend.threads(),
         "input_dhw": architecture.input_dhw,
         "gmacs": macs as f64 / 1e9,
         "load_ms": load_ms,
         "first_ms": first_ms,
         "rss_anon_mib": status_mib("self", "RssAnon:")?,
+        "rss_file_mib": status_mib("self", "RssFile:")?,
+        "mapped_weights_mib": backend.mapped_bytes() as f64 / 1_048_576.0,
+        "layers": layers,
         "logits": out.logits,
     });
     let spread = spread(runs);
