@@ -33,6 +33,8 @@ struct Recorder {
     seen: Arc<Mutex<Seen>>,
     /// How long each store takes.
     delay: Duration,
+    /// How long the handler takes to hear of the end.
+    closing: Duration,
     panics: bool,
 }
 
@@ -74,6 +76,7 @@ impl AssociationHandler for RecordingHandler {
         (StoreStatus::Success, dataset)
     }
     fn closed(&mut self, released: bool) {
+        std::thread::sleep(self.recorder.closing);
         self.recorder.seen.lock().unwrap().closed.push(released);
     }
 }
@@ -551,6 +554,19 @@ fn refusals_carry_the_standards_reasons() {
     drop(held);
     recorder.wait("the first to end", |s| s.closed.len() == 1);
     Raw::associate(to);
+}
+
+#[test]
+fn a_peer_that_has_its_release_answered_finds_its_place_free() {
+    // The handler is slow to hear of the end; the place must not wait for it.
+    let recorder = Recorder { closing: Duration::from_millis(200), ..Recorder::default() };
+    let server = serve(&ScpConfig { max_associations: 1, ..config() }, &recorder);
+    for _ in 0..5 {
+        let mut raw = Raw::associate(server.local_addr());
+        raw.pdu(&Pdu::ReleaseRQ);
+        assert_eq!(raw.read(), Some(Pdu::ReleaseRP));
+    }
+    recorder.wait("the last to end", |s| s.closed == [true; 5]);
 }
 
 #[test]
