@@ -262,7 +262,7 @@ fn planted_identifiers_are_in_no_log_metric_page_answer_or_file_name() {
         let name = file.strip_prefix(&daemon.data).unwrap().display().to_string();
         expect_nothing_planted("a file name", name.as_bytes());
         let base = file.file_name().unwrap().to_string_lossy().into_owned();
-        let may_hold = base == "journal" || base.starts_with("volume-") || base.starts_with("darnet.sqlite");
+        let may_hold = base == "journal" || base == "identity" || base.starts_with("volume-") || base.starts_with("darnet.sqlite");
         if !may_hold {
             contents += 1;
             expect_nothing_planted(&name, &std::fs::read(&file).unwrap());

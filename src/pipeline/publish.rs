@@ -478,16 +478,17 @@ impl Publisher {
                 raised(&job.study, &document.alert);
             }
         }
-        self.journals.note(
-            job.series.clone(),
-            PublishedNote {
+        // An outcome that covers nothing is that of a journal that cannot be read, nor written to.
+        if job.covered > 0 {
+            let note = PublishedNote {
                 revision: committed.revision,
                 covered: job.covered,
                 distinct: job.slices as u64,
                 conflict: job.conflict,
                 result_uid: committed.document.result_uid.clone(),
-            },
-        );
+            };
+            self.journals.note(job.series.clone(), note);
+        }
         self.after(job, &report, committed, last_slice_to_alert);
         message
     }
