@@ -172,7 +172,13 @@ fn any_order_of_sending_gives_the_same_live_result() {
         assert_eq!(state.values().filter(|s| s.ends_with("false false")).count(), 2, "{state:?}");
         states.push(state);
         let mut got = Vec::new();
-        while let Ok(message) = messages.recv_timeout(Duration::from_secs(2)) {
+        daemon.wait_until("every edition is told", 60, |d| {
+            got.extend(messages.try_iter());
+            let told =
+                |r: &Value| got.iter().any(|(_, m)| m["result_uid"] == r["result_uid"] && m["edition"] == r["edition"]);
+            d.results().iter().all(told)
+        });
+        while let Ok(message) = messages.recv_timeout(Duration::from_secs(1)) {
             got.push(message);
         }
         receiver_agrees(&daemon, &got);
@@ -213,7 +219,10 @@ fn when_the_live_result_becomes_no_result_the_next_one_speaks() {
     let live: Vec<&Value> = results.iter().filter(|r| r["live"] == true).collect();
     assert_eq!((live.len(), live[0]["result_uid"].as_str()), (1, Some(uid)));
 
-    // A restart repeats nothing.
+    // A restart repeats nothing that was noted as taken. The receiver answers before the note is made.
+    daemon.wait_until("the three deliveries are noted", 60, |d| {
+        d.metric("darnet_outbox_items{state=\"delivered\"}") == 3.0
+    });
     let daemon = daemon.kill_and_restart();
     assert!(messages.recv_timeout(Duration::from_secs(3)).is_err(), "nothing is told twice");
     assert_eq!(daemon.results().len(), 3);
