@@ -474,7 +474,8 @@ fn retries_wait_for_the_backoff_and_for_what_the_receiver_asks() {
     let at = |offset: i64, expected: u32| {
         clock.0.store(start + offset, Ordering::SeqCst);
         outbox.kick();
-        until("the attempt", || calls.load(Ordering::SeqCst) >= expected);
+        // Also noted: the next attempt is due by the time of the note.
+        until("the attempt", || calls.load(Ordering::SeqCst) >= expected && counts(&store).sending == 0);
         std::thread::sleep(Duration::from_millis(60));
         assert_eq!(calls.load(Ordering::SeqCst), expected, "at {offset} ms");
     };

@@ -143,6 +143,8 @@ struct Series {
     conflict: bool,
     /// Acknowledged objects that the disk no longer gives back.
     lost: u64,
+    /// The journal gives back none of them.
+    unreadable: bool,
     /// Offset in the journal after the last record seen.
     covered: u64,
     version: u64,
@@ -233,6 +235,10 @@ impl Assembler {
                 }
                 Event::Arrival(ToAssembler::Recovered { series, slices, published, lost }) => {
                     self.recovered(&series, slices, published, lost);
+                    Some(series)
+                }
+                Event::Arrival(ToAssembler::Unreadable { series, study, header }) => {
+                    self.unreadable(&series, &study, &header);
                     Some(series)
                 }
                 Event::Arrival(ToAssembler::Seen { series, association }) => {
@@ -424,6 +430,7 @@ impl Assembler {
                 repeats: Vec::new(),
                 conflict: false,
                 lost: 0,
+                unreadable: false,
                 covered: 0,
                 version: 0,
                 published_version: 0,
@@ -489,6 +496,25 @@ impl Assembler {
             series.lose(key, lost);
         }
         events::RecoveryDone { series: 1, slices: total, cut_bytes: 0, took: started.elapsed() }.emit();
+    }
+
+    /// A series whose journal gives nothing back: it has no result, and says so.
+    fn unreadable(&mut self, key: &StudyHash, study: &StudyHash, header: &Arc<SliceHeader>) {
+        if !self.series.contains_key(key) && !self.make_room() {
+            self.deferred.insert(key.clone(), None);
+            return;
+        }
+        self.deferred.remove(key);
+        self.reread.remove(key);
+        self.open(key, study, header, false);
+        if let Some(series) = self.series.get_mut(key)
+            && !series.unreadable
+        {
+            series.unreadable = true;
+            series.changed(key);
+            // Whatever else comes cannot change that, so there is nothing to wait for.
+            series.completion.flush();
+        }
     }
 
     /// Files one object.
@@ -916,6 +942,13 @@ impl Series {
     }
 
     fn plan(&self, limits: &GeometryLimits) -> Result<(Selection, Vec<SliceHandle>), Refusal> {
+        if self.unreadable {
+            return Err(Refusal::new(
+                Reason::Internal,
+                "the journal of the series is damaged on the disk; send it again under a new SeriesInstanceUID"
+                    .to_owned(),
+            ));
+        }
         if self.lost > 0 {
             return Err(Refusal::new(
                 Reason::Internal,

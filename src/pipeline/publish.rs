@@ -209,6 +209,9 @@ fn to_json(document: &ResultDocument) -> Result<String, StoreError> {
 pub struct ResultNotice {
     /// The document as stored and sent.
     pub document: Value,
+    /// New editions of the results of other series of the study that became live or ceased to be by it, as stored and
+    /// sent.
+    pub restated: Vec<Value>,
     /// Seconds from the last P-DATA byte to the commit.
     pub last_slice_to_alert_s: f64,
     /// Seconds of it that were waiting for completion.
@@ -478,16 +481,17 @@ impl Publisher {
                 raised(&job.study, &document.alert);
             }
         }
-        self.journals.note(
-            job.series.clone(),
-            PublishedNote {
+        // An outcome that covers nothing is that of a journal that cannot be read, nor written to.
+        if job.covered > 0 {
+            let note = PublishedNote {
                 revision: committed.revision,
                 covered: job.covered,
                 distinct: job.slices as u64,
                 conflict: job.conflict,
                 result_uid: committed.document.result_uid.clone(),
-            },
-        );
+            };
+            self.journals.note(job.series.clone(), note);
+        }
         self.after(job, &report, committed, last_slice_to_alert);
         message
     }
@@ -514,6 +518,11 @@ impl Publisher {
         if let Some(observer) = &self.observer {
             let notice = ResultNotice {
                 document: serde_json::to_value(&committed.document).unwrap_or_default(),
+                restated: committed
+                    .restated
+                    .iter()
+                    .filter_map(|r| serde_json::from_str(&r.record.document).ok())
+                    .collect(),
                 last_slice_to_alert_s: last_slice_to_alert.as_secs_f64(),
                 completion_wait_s: completion_wait.as_secs_f64(),
                 infer_s,
