@@ -38,11 +38,14 @@ fn embedded(c: &mut Criterion) {
     group.finish();
 }
 
+/// Name, channels, input, tilings.
+type Layer = (&'static str, [usize; 2], [usize; 3], &'static [Tiling]);
+
 /// Each kind of 3x3x3 convolution of the full network, on one thread.
 fn layers(c: &mut Criterion) {
     let pool = Pool::new(1, || {}).expect("a pool starts");
     let cancel = CancelToken::new();
-    let stages: [(&str, [usize; 2], [usize; 3], &[Tiling]); 7] = [
+    let stages: [Layer; 7] = [
         ("layer1", [64, 64], [64, 112, 112], &[Tiling::F444]),
         ("layer2.0.conv1", [64, 128], [64, 112, 112], &Tiling::STRIDE_2),
         ("layer2", [128, 128], [32, 56, 56], &[Tiling::F444]),
@@ -72,7 +75,16 @@ fn layers(c: &mut Criterion) {
                     b.iter(|| {
                         let sums = Some(Sums(&mut sums));
                         conv::winograd(
-                            &context, &conv, tiling, &packed, &input, &mut output, true, sums, &mut scratch, &tiles,
+                            &context,
+                            &conv,
+                            tiling,
+                            &packed,
+                            &input,
+                            &mut output,
+                            true,
+                            sums,
+                            &mut scratch,
+                            &tiles,
                         )
                     });
                 });

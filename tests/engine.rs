@@ -2,9 +2,9 @@
 
 use darnet::engine::cpu::dispatch::Isa;
 use darnet::engine::{Backend, BackendKind, CancelToken, EngineError, EngineOptions, Inference, prepare};
+use darnet::model::Model;
 use darnet::model::manifest::{Architecture, AttentionOrder};
 use darnet::model::synthetic::{self, Stream};
-use darnet::model::{Model, Weights};
 use proptest::prelude::*;
 
 fn run(backend: &dyn Backend, input: &[f32]) -> Inference {
@@ -39,10 +39,9 @@ fn assert_agree(got: &Inference, expected: &Inference, what: &str) {
 /// statistics, some channels nearly dead.
 fn trained_like(architecture: &Architecture, seed: u64) -> Model {
     let mut model = Model::synthetic("trained-like", architecture, seed).unwrap();
-    let tensors = model.weights.iter().map(|(name, tensor)| {
-        let mut tensor = tensor.clone();
+    model.weights = model.weights.with_values(|name, values| {
         let uniform = Stream::new(seed ^ 0x5eed, name);
-        for (i, v) in tensor.data.iter_mut().enumerate() {
+        for (i, v) in values.iter_mut().enumerate() {
             let u = uniform.uniform(i as u64);
             if name.ends_with("running_var") {
                 *v = (1e-3 * 10_f64.powf(4.0 * u)) as f32;
@@ -52,9 +51,7 @@ fn trained_like(architecture: &Architecture, seed: u64) -> Model {
                 *v *= if u < 0.01 { 6.0 } else { 0.5 };
             }
         }
-        (name.to_owned(), tensor)
     });
-    model.weights = Weights::from_tensors(tensors.collect::<Vec<_>>());
     model
 }
 

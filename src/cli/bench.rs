@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use darnet::config::Config;
 use darnet::dicom::scu::{SendOptions, send};
+use darnet::engine::cpu::dispatch::{Isa, Kernels};
+use darnet::engine::cpu::roof;
 use darnet::engine::{CancelToken, EngineOptions, Inference, LayerTiming, prepare};
 use darnet::model::Model;
 use darnet::model::manifest::{Architecture, DepthGrid, SliceDirection};
@@ -165,6 +167,13 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
         "layers": layers,
         "logits": out.logits,
     });
+    if backend.name() == "cpu"
+        && let Some(kernels) =
+            Isa::ALL.into_iter().find(|isa| isa.as_str() == backend.instruction_set()).and_then(Kernels::of)
+    {
+        drop(session);
+        document["roof"] = serde_json::to_value(roof::measure(&kernels, backend.threads())?)?;
+    }
     let spread = spread(runs);
     let p50_s = spread["p50_ms"].as_f64().unwrap_or(f64::NAN) / 1e3;
     document["gflops"] = json!(2.0 * macs as f64 / 1e9 / p50_s);
@@ -244,6 +253,13 @@ fn ingest(args: &BenchArgs) -> anyhow::Result<Value> {
         daemon.shutdown(Duration::from_secs(1));
     }
     let mut document = json!({ "bench": "ingest", "slices": args.slices, "durability": "fsync", "bytes": bytes });
+    if backend.name() == "cpu"
+        && let Some(kernels) =
+            Isa::ALL.into_iter().find(|isa| isa.as_str() == backend.instruction_set()).and_then(Kernels::of)
+    {
+        drop(session);
+        document["roof"] = serde_json::to_value(roof::measure(&kernels, backend.threads())?)?;
+    }
     let spread = spread(runs);
     let p50_s = spread["p50_ms"].as_f64().unwrap_or(f64::NAN) / 1e3;
     document["slices_per_s"] = json!(1.0 / p50_s);

@@ -52,6 +52,15 @@ impl Weights {
     }
 
     /// Weights from tensors made in the program; the caller answers for names and shapes.
+    /// The same tensors with their values changed by `change`.
+    pub fn with_values(&self, mut change: impl FnMut(&str, &mut [f32])) -> Self {
+        let mut changed = self.clone();
+        for (name, tensor) in &mut changed.0 {
+            change(name, &mut tensor.data);
+        }
+        changed
+    }
+
     pub(crate) fn from_tensors(tensors: impl Iterator<Item = (String, Tensor)>) -> Self {
         Self(tensors.collect())
     }

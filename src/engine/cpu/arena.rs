@@ -223,7 +223,7 @@ mod tests {
             let floats = Floats::zeroed(len).unwrap();
             assert_eq!(floats.len(), len);
             assert!(floats.iter().all(|v| *v == 0.0));
-            assert!(len == 0 || floats.as_ptr().addr() % 64 == 0);
+            assert!(len == 0 || floats.as_ptr().addr().is_multiple_of(64));
         }
     }
 

@@ -260,20 +260,19 @@ pub fn winograd(
     let place = |row: usize| [depth_tiles[row / nh], row % nh];
     for first in (0..total).step_by(rows) {
         let count = rows.min(total - first);
-        // SAFETY (all three): rows, blocks and frequencies are in range, each item has its own; the steps follow each
-        // other.
-        context.run(count * in_blocks, &|item, _| unsafe {
+        context.run(count * in_blocks, &|item, _| {
             let (row, block) = (item / in_blocks, item % in_blocks);
-            work.input(place(first + row), row, block, v, strides[0]);
+            // SAFETY: row and block are in range, each item has its own; the steps follow each other.
+            unsafe { work.input(place(first + row), row, block, v, strides[0]) };
         })?;
-        // SAFETY: as above.
-        context.run(frequencies, &|frequency, _| unsafe {
-            work.product(frequency, count * nw, v, m, strides);
+        context.run(frequencies, &|frequency, _| {
+            // SAFETY: as above, for frequencies.
+            unsafe { work.product(frequency, count * nw, v, m, strides) };
         })?;
-        // SAFETY: as above.
-        context.run(count * out_blocks, &|item, _| unsafe {
+        context.run(count * out_blocks, &|item, _| {
             let (row, block) = (item / out_blocks, item % out_blocks);
-            work.output(place(first + row), row, block, m, strides[1]);
+            // SAFETY: as above.
+            unsafe { work.output(place(first + row), row, block, m, strides[1]) };
         })?;
     }
     Ok(())
@@ -424,10 +423,11 @@ mod tests {
     const U: f64 = 1.0 / (1_u64 << 24) as f64;
 
     type Matrix = Vec<Vec<f64>>;
+    type Axial = [[f32; LANES]; MAX_T];
 
     /// |B^T|, |G| and |A^T| of an axis, from its functions applied to unit vectors.
     fn magnitudes<A: Axis>() -> [Matrix; 3] {
-        let column = |i: usize, f: &dyn Fn(&[[f32; LANES]; MAX_T]) -> [[f32; LANES]; MAX_T]| -> Vec<f64> {
+        let column = |i: usize, f: &dyn Fn(&Axial) -> Axial| -> Vec<f64> {
             let mut unit = [[0.0; LANES]; MAX_T];
             unit[i] = [1.0; LANES];
             f(&unit).iter().map(|v| f64::from(v[0].abs())).collect()
@@ -548,7 +548,16 @@ mod tests {
                         let mut scratch = vec![f32::NAN; threads * one];
                         let sums = Some(Sums(&mut sums));
                         winograd(
-                            &context, conv, tiling, &packed, &self.input, &mut output, relu, sums, &mut scratch, part,
+                            &context,
+                            conv,
+                            tiling,
+                            &packed,
+                            &self.input,
+                            &mut output,
+                            relu,
+                            sums,
+                            &mut scratch,
+                            part,
                         )
                         .unwrap();
                     }
@@ -758,7 +767,16 @@ mod tests {
         output.reshape(case.conv.output);
         let mut scratch = vec![0.0; case.conv.scratch(case.conv.block_rows()).iter().sum()];
         let result = winograd(
-            &context, &case.conv, Tiling::F444, &packed, &case.input, &mut output, true, None, &mut scratch, &[0, 1],
+            &context,
+            &case.conv,
+            Tiling::F444,
+            &packed,
+            &case.input,
+            &mut output,
+            true,
+            None,
+            &mut scratch,
+            &[0, 1],
         );
         assert_eq!(result, Err(EngineError::Cancelled));
         assert!(output.data(case.conv.output).iter().all(|v| *v == 0.0));

@@ -9,9 +9,9 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::matrix::{self, DirectRow, Frequency, MergeRow};
-use super::simd::{Scalar, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
+use super::simd::{Scalar, Simd};
 use super::winograd::{self, Axis, Four, InputRow, OutputRow, Poly2, Poly4, Two};
 
 /// An instruction set with kernels of its own.
@@ -215,6 +215,10 @@ pub struct Kernels {
     pub direct_merge: unsafe fn(&DirectRow),
     /// [`matrix::merge_row`].
     pub merge_row: unsafe fn(&MergeRow),
+    /// [`matrix::read`].
+    pub read: unsafe fn(&[f32]) -> f32,
+    /// [`matrix::multiply_adds`].
+    pub multiply_adds: unsafe fn(usize) -> f32,
     transforms: fn(Tiling) -> Transforms,
 }
 
@@ -277,6 +281,16 @@ macro_rules! isa {
                 // SAFETY: as above.
                 unsafe { matrix::merge_row::<$simd>(p) }
             }
+            $(#[$feature])?
+            unsafe fn read(values: &[f32]) -> f32 {
+                // SAFETY: as above.
+                unsafe { matrix::read::<$simd>(values) }
+            }
+            $(#[$feature])?
+            unsafe fn multiply_adds(rounds: usize) -> f32 {
+                // SAFETY: as above.
+                unsafe { matrix::multiply_adds::<$simd>(rounds) }
+            }
             fn transforms(tiling: Tiling) -> Transforms {
                 macro_rules! f {
                     ($d:ty, $h:ty, $w:ty) => {
@@ -293,6 +307,8 @@ macro_rules! isa {
                     direct_relu,
                     direct_merge,
                     merge_row,
+                    read,
+                    multiply_adds,
                     transforms,
                 }
             }

@@ -284,3 +284,55 @@ pub unsafe fn merge_row<S: Simd>(p: &MergeRow) {
         }
     }
 }
+
+/// Sum of `values`, sixteen at a time: reads memory as fast as it comes.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+pub unsafe fn read<S: Simd>(values: &[f32]) -> f32 {
+    // SAFETY: chunks hold eight vectors.
+    unsafe {
+        let mut sums = [S::splat(0.0); 8];
+        for chunk in values.chunks_exact(8 * LANES) {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = S::add(*sum, S::load(chunk.as_ptr().add(i * LANES)));
+            }
+        }
+        let mut out = [0.0; LANES];
+        let mut total = 0.0;
+        for sum in sums {
+            S::store(out.as_mut_ptr(), sum);
+            total += out.iter().sum::<f32>();
+        }
+        total
+    }
+}
+
+/// `rounds` times twelve vector multiply-adds that depend on nothing but their own last result.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+pub unsafe fn multiply_adds<S: Simd>(rounds: usize) -> f32 {
+    // SAFETY: registers only, but for the last sixteen floats.
+    unsafe {
+        let (factor, term) = (S::splat(0.999), S::splat(1e-3));
+        let mut sums = [S::splat(0.5); INDEPENDENT];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = S::fma(*sum, factor, term);
+            }
+        }
+        let mut out = [0.0; LANES];
+        let mut total = 0.0;
+        for sum in sums {
+            S::store(out.as_mut_ptr(), sum);
+            total += out.iter().sum::<f32>();
+        }
+        total
+    }
+}
+
+/// Multiply-adds that [`multiply_adds`] has under way: more than latency times width of any processor.
+pub const INDEPENDENT: usize = 12;

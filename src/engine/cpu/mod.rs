@@ -37,6 +37,7 @@ pub mod dispatch;
 pub mod matrix;
 pub mod plan;
 pub mod pool;
+pub mod roof;
 pub mod simd;
 pub mod winograd;
 
@@ -75,6 +76,11 @@ impl CpuBackend {
         let plan = Plan::new(model);
         let weights = Packed::load(model, &plan, &kernels, &pool, options.weight_cache)?;
         Ok(Self { shared: Arc::new(Shared { plan, kernels, weights, pool }), note })
+    }
+
+    /// Its kernels.
+    pub fn kernels(&self) -> &Kernels {
+        &self.shared.kernels
     }
 
     /// What was decided about the network.
@@ -174,6 +180,12 @@ fn possible(conv: &Conv, done: &[bool], input: impl Fn(usize) -> bool, list: &mu
     list.extend((0..done.len()).filter(|&tile| !done[tile] && widened(planes_of(conv, tile), d).all(&input)));
 }
 
+/// Whether all planes of the network's input that plane `z` depends on, `reach` planes to each side, are `ready`. What
+/// an earlier series has left behind elsewhere is not worth computing with.
+fn is_ready(ready: Option<&[bool]>, z: usize, reach: usize) -> bool {
+    ready.is_none_or(|ready| ready[z.saturating_sub(reach)..(z + reach + 1).min(ready.len())].iter().all(|r| *r))
+}
+
 /// Marks the tiles of `conv` as not done whose input planes are not all done.
 fn withdraw(conv: &Conv, done: &mut [bool], input: impl Fn(usize) -> bool) {
     let d = conv.input.dhw[0];
@@ -269,13 +281,14 @@ impl CpuSession {
         withdraw(&first.conv2, &mut ahead.conv2, |z| plane_done(&first.conv1, &ahead.conv1, z));
     }
 
-    /// Computes what is possible and not done of the stem and the first block's convolutions.
-    fn prefix(&mut self, context: &Context<'_>) -> Result<(), EngineError> {
+    /// Computes what is possible with the `ready` planes and not done of the stem and the first block's convolutions.
+    fn prefix(&mut self, context: &Context<'_>, ready: Option<&[bool]>) -> Result<(), EngineError> {
         let shared = &self.shared;
         let plan = &shared.plan;
         let first = &plan.blocks[0];
         let [x, y1, y2] = &mut self.activations;
-        for (tensor, shape) in [(&mut *x, plan.stem.output), (&mut *y1, first.conv1.output), (&mut *y2, first.conv2.output)]
+        for (tensor, shape) in
+            [(&mut *x, plan.stem.output), (&mut *y1, first.conv1.output), (&mut *y2, first.conv2.output)]
         {
             tensor.reshape(shape);
         }
@@ -284,7 +297,7 @@ impl CpuSession {
 
         let started = Instant::now();
         list.clear();
-        list.extend((0..d).filter(|&z| !ahead.stem[z] && widened(z..z + 1, d).all(|z| ahead.known[z])));
+        list.extend((0..d).filter(|&z| !ahead.stem[z] && is_ready(ready, z, 1)));
         if !list.is_empty() {
             let stem_input = plan.stem_input();
             let input = DirectInput {
@@ -298,18 +311,39 @@ impl CpuSession {
         self.seconds[0] += started.elapsed().as_secs_f64();
 
         let started = Instant::now();
-        possible(&first.conv1, &ahead.conv1, |z| ahead.stem[z], list);
+        possible(&first.conv1, &ahead.conv1, |z| ahead.stem[z] && is_ready(ready, z, 1), list);
         if !list.is_empty() {
-            convolution(context, &first.conv1, shared.weights(&first.conv1), x, y1, true, None, &mut self.scratch, list)?;
+            convolution(
+                context,
+                &first.conv1,
+                shared.weights(&first.conv1),
+                x,
+                y1,
+                true,
+                None,
+                &mut self.scratch,
+                list,
+            )?;
             list.iter().for_each(|&tile| ahead.conv1[tile] = true);
         }
         self.seconds[1] += started.elapsed().as_secs_f64();
 
         let started = Instant::now();
-        possible(&first.conv2, &ahead.conv2, |z| plane_done(&first.conv1, &ahead.conv1, z), list);
+        let done = |z| plane_done(&first.conv1, &ahead.conv1, z) && is_ready(ready, z, 2);
+        possible(&first.conv2, &ahead.conv2, done, list);
         if !list.is_empty() {
             let sums = Some(Sums(&mut self.sums));
-            convolution(context, &first.conv2, shared.weights(&first.conv2), y1, y2, false, sums, &mut self.scratch, list)?;
+            convolution(
+                context,
+                &first.conv2,
+                shared.weights(&first.conv2),
+                y1,
+                y2,
+                false,
+                sums,
+                &mut self.scratch,
+                list,
+            )?;
             list.iter().for_each(|&tile| ahead.conv2[tile] = true);
         }
         self.seconds[2] += started.elapsed().as_secs_f64();
@@ -321,9 +355,8 @@ impl CpuSession {
         let plan = &self.shared.plan;
         let first = &plan.blocks[0];
         let of = |conv: &Conv, planes: usize| conv.macs() / conv.output.dhw[0] as u64 * planes as u64;
-        let planes = |conv: &Conv, done: &[bool]| {
-            (0..conv.output.dhw[0]).filter(|&z| plane_done(conv, done, z)).count()
-        };
+        let planes =
+            |conv: &Conv, done: &[bool]| (0..conv.output.dhw[0]).filter(|&z| plane_done(conv, done, z)).count();
         let done = of(&plan.stem, self.ahead.stem.iter().filter(|d| **d).count())
             + of(&first.conv1, planes(&first.conv1, &self.ahead.conv1))
             + of(&first.conv2, planes(&first.conv2, &self.ahead.conv2));
@@ -341,7 +374,15 @@ impl CpuSession {
             let started = Instant::now();
             y1.reshape(block.conv1.output);
             convolution(
-                context, &block.conv1, shared.weights(&block.conv1), x, y1, true, None, &mut self.scratch, &self.list,
+                context,
+                &block.conv1,
+                shared.weights(&block.conv1),
+                x,
+                y1,
+                true,
+                None,
+                &mut self.scratch,
+                &self.list,
             )?;
             self.seconds[3 * index + 1] = started.elapsed().as_secs_f64();
             let started = Instant::now();
@@ -350,7 +391,15 @@ impl CpuSession {
             y2.reshape(block.conv2.output);
             let sums = Some(Sums(&mut self.sums));
             convolution(
-                context, &block.conv2, shared.weights(&block.conv2), y1, y2, false, sums, &mut self.scratch, &self.list,
+                context,
+                &block.conv2,
+                shared.weights(&block.conv2),
+                y1,
+                y2,
+                false,
+                sums,
+                &mut self.scratch,
+                &self.list,
             )?;
             self.seconds[3 * index + 2] = started.elapsed().as_secs_f64();
         }
@@ -363,11 +412,8 @@ impl CpuSession {
         let [x, _, y2] = &mut self.activations;
         if let Some(shortcut) = &block.shortcut {
             let from = shortcut.input;
-            let input = DirectInput {
-                data: x.data(from),
-                step: [2 * from.plane(), 2 * from.row(), 2 * LANES],
-                length: LANES,
-            };
+            let input =
+                DirectInput { data: x.data(from), step: [2 * from.plane(), 2 * from.row(), 2 * LANES], length: LANES };
             self.list.clear();
             self.list.extend(0..shape.dhw[0]);
             let ending = Ending::Merge(&self.scale);
@@ -568,7 +614,7 @@ impl Session for CpuSession {
         self.take_input(input, None);
         let (reused_macs, ahead_macs) = self.done_macs();
         self.reuse = Reuse { reused_macs, ahead_macs, total_macs: shared.plan.macs };
-        self.prefix(&context)?;
+        self.prefix(&context, None)?;
         for index in 0..shared.plan.blocks.len() {
             self.block(&context, index)?;
         }
@@ -589,7 +635,7 @@ impl Session for CpuSession {
             return Err(EngineError::InputLength { expected: d, got: ready.len() });
         }
         self.take_input(input, Some(ready));
-        self.prefix(&Context { pool: &shared.pool, kernels: &shared.kernels, cancel })
+        self.prefix(&Context { pool: &shared.pool, kernels: &shared.kernels, cancel }, Some(ready))
     }
 
     fn reuse(&self) -> Reuse {

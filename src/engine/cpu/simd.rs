@@ -7,6 +7,8 @@
 //!
 //! Deliberately absent: masks and other widths. Channels are padded to a multiple of [`LANES`] instead.
 #![allow(unsafe_code)]
+// One contract serves all methods of the trait: it stands there.
+#![allow(clippy::missing_safety_doc)]
 
 /// Lanes of a vector.
 pub const LANES: usize = 16;
@@ -15,7 +17,7 @@ pub const LANES: usize = 16;
 ///
 /// # Safety
 /// Every method may only run on a processor with the instruction set of its type. Pointers must be valid for sixteen
-/// f32 (one for `splat_at`), without any alignment but for `stream`, which needs 64 bytes; `prefetch` takes any.
+/// f32, without any alignment but for `stream`, which needs 64 bytes; `prefetch` takes any.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// A vector.
     type V: Copy;
