@@ -253,13 +253,6 @@ fn ingest(args: &BenchArgs) -> anyhow::Result<Value> {
         daemon.shutdown(Duration::from_secs(1));
     }
     let mut document = json!({ "bench": "ingest", "slices": args.slices, "durability": "fsync", "bytes": bytes });
-    if backend.name() == "cpu"
-        && let Some(kernels) =
-            Isa::ALL.into_iter().find(|isa| isa.as_str() == backend.instruction_set()).and_then(Kernels::of)
-    {
-        drop(session);
-        document["roof"] = serde_json::to_value(roof::measure(&kernels, backend.threads())?)?;
-    }
     let spread = spread(runs);
     let p50_s = spread["p50_ms"].as_f64().unwrap_or(f64::NAN) / 1e3;
     document["slices_per_s"] = json!(1.0 / p50_s);
