@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod infer;
 mod modelcmd;
+mod resident;
 mod serve;
 mod tools;
 
@@ -288,6 +289,9 @@ pub struct BenchArgs {
     /// Slices a second (pipeline); line rate when absent.
     #[arg(long, value_name = "RATE")]
     pub rate: Option<f64>,
+    /// Inference: stay, run each safetensors file named on a line of stdin, answer with a line of JSON.
+    #[arg(long)]
+    pub serve: bool,
     /// Print one JSON document on stdout.
     #[arg(long)]
     pub json: bool,
