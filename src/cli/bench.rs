@@ -23,12 +23,18 @@ use darnet::resample::plan::{DepthPlan, InPlanePlan};
 use darnet::volume::geometry::InPlaneOrientation;
 use serde_json::{Value, json};
 
-use super::{BenchArgs, BenchWhat, Ended, modelcmd, print_json};
+use super::{BenchArgs, BenchWhat, Ended, modelcmd, print_json, resident};
 
 /// `darnet bench`.
 pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
     if args.runs == 0 || args.runs > 10_000 {
         bail!("--runs wants 1 to 10000, got {}", args.runs);
+    }
+    if args.serve {
+        if args.what != BenchWhat::Inference {
+            bail!("--serve goes with `bench inference`");
+        }
+        return resident::serve(args);
     }
     let mut document = match args.what {
         BenchWhat::Inference => inference(args)?,
@@ -69,7 +75,8 @@ fn print_table(title: &str, rows: &[Value]) {
     }
 }
 
-fn model(args: &BenchArgs) -> anyhow::Result<Model> {
+/// The model that is measured.
+pub fn model(args: &BenchArgs) -> anyhow::Result<Model> {
     if args.full_size {
         return Ok(Model::synthetic("full-size-generated", &Architecture::full(), 1)?);
     }

@@ -150,11 +150,11 @@ fn explain(
     Ok(dir.join("cam.safetensors"))
 }
 
-fn tensor(context: &mut Files<'_>, file: &Path, hasher: &StudyHasher) -> anyhow::Result<SeriesReport> {
+/// The tensor `volume` of a safetensors file, of the shape `wanted` and in [0, 1].
+pub fn read_volume(file: &Path, wanted: [usize; 3]) -> anyhow::Result<Vec<f32>> {
     let bytes = std::fs::read(file).with_context(|| format!("read {}", file.display()))?;
     let tensors = safetensors::SafeTensors::deserialize(&bytes).with_context(|| format!("read {}", file.display()))?;
     let volume = tensors.tensor("volume").with_context(|| format!("find `volume` in {}", file.display()))?;
-    let wanted = context.model.manifest.architecture.input_dhw;
     let shape = volume.shape();
     let tail = &shape[shape.len().saturating_sub(3)..];
     if volume.dtype() != safetensors::Dtype::F32
@@ -167,6 +167,12 @@ fn tensor(context: &mut Files<'_>, file: &Path, hasher: &StudyHasher) -> anyhow:
     if let Some(bad) = input.iter().find(|v| !(0.0..=1.0).contains(*v)) {
         bail!("expected `volume` in [0, 1], got {bad}");
     }
+    Ok(input)
+}
+
+fn tensor(context: &mut Files<'_>, file: &Path, hasher: &StudyHasher) -> anyhow::Result<SeriesReport> {
+    let wanted = context.model.manifest.architecture.input_dhw;
+    let input = read_volume(file, wanted)?;
     let series = hasher.hash(&file.to_string_lossy());
     let (inference, cam, infer_s, cam_s) = match context.judge.judge_tensor(&input) {
         Ok(judged) => judged,

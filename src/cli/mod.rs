@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod infer;
 mod modelcmd;
+mod resident;
 mod serve;
 mod tools;
 
@@ -56,7 +57,7 @@ enum Command {
     Send(SendArgs),
     /// Write synthetic chest CT studies with lesion masks.
     Phantom(PhantomArgs),
-    /// Make, show and verify models.
+    /// Make, show, verify and export models.
     #[command(subcommand)]
     Model(ModelCommand),
     /// A site's check after installation or update: known phantoms in, known results out, latency, delivery.
@@ -249,6 +250,10 @@ enum ModelCommand {
     Show(modelcmd::ShowArgs),
     /// Check manifest, hash, every tensor.
     Verify(modelcmd::VerifyArgs),
+    /// Write the model for other runtimes: ONNX, float32 or float16.
+    Export(modelcmd::ExportArgs),
+    /// Make a model with generated weights, which has learned nothing: for benchmarks and tests.
+    Synthetic(modelcmd::SyntheticArgs),
 }
 
 /// Arguments of `darnet acceptance`.
@@ -284,6 +289,9 @@ pub struct BenchArgs {
     /// Slices a second (pipeline); line rate when absent.
     #[arg(long, value_name = "RATE")]
     pub rate: Option<f64>,
+    /// Inference: stay, run each safetensors file named on a line of stdin, answer with a line of JSON.
+    #[arg(long)]
+    pub serve: bool,
     /// Print one JSON document on stdout.
     #[arg(long)]
     pub json: bool,
@@ -324,6 +332,8 @@ pub fn run() -> ExitCode {
                 Command::Model(ModelCommand::New(args)) => modelcmd::new(&args),
                 Command::Model(ModelCommand::Show(args)) => modelcmd::show(&args),
                 Command::Model(ModelCommand::Verify(args)) => modelcmd::verify(&args),
+                Command::Model(ModelCommand::Export(args)) => modelcmd::export(&args),
+                Command::Model(ModelCommand::Synthetic(args)) => modelcmd::synthetic(&args),
                 Command::Acceptance(args) => demo::acceptance(&args),
                 Command::Bench(args) => bench::bench(&args),
                 Command::Completions { shell } => {

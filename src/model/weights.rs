@@ -153,7 +153,7 @@ fn values<const N: usize>(raw: &[u8], convert: impl Fn([u8; N]) -> f32) -> Vec<f
 }
 
 /// IEEE 754 binary16 to binary32, exact.
-fn f16_to_f32(half: u16) -> f32 {
+pub(super) fn f16_to_f32(half: u16) -> f32 {
     let sign = u32::from(half >> 15) << 31;
     let exponent = u32::from(half >> 10) & 0x1F;
     let fraction = u32::from(half) & 0x3FF;
