@@ -27,7 +27,7 @@ const MAX_LINE_BYTES: u64 = 4097;
 pub fn serve(args: &BenchArgs) -> anyhow::Result<Ended> {
     let started = Instant::now();
     let model = bench::model(args)?;
-    let options = EngineOptions { threads: args.engine.threads };
+    let options = EngineOptions { threads: args.engine.threads, ..EngineOptions::default() };
     let backend = prepare(args.engine.backend, &model, &options)?;
     let mut session = backend.session()?;
     let input_dhw = model.manifest.architecture.input_dhw;
