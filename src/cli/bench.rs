@@ -90,7 +90,7 @@ fn status_mib(pid: &str, key: &str) -> anyhow::Result<f64> {
 fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
     let started = Instant::now();
     let model = model(args)?;
-    let options = EngineOptions { threads: args.engine.threads };
+    let options = EngineOptions { threads: args.engine.threads, ..Default::default() };
     let backend = prepare(args.engine.backend, &model, &options)?;
     let mut session = backend.session()?;
     let load_ms = started.elapsed().as_secs_f64() * 1e3;

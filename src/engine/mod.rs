@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::Model;
 
 pub mod cpu;
+pub mod priority;
 pub mod reference;
 
 /// Most threads a backend takes; more do not help at 64 planes an input.
@@ -117,6 +118,8 @@ impl FromStr for BackendKind {
 pub struct EngineOptions {
     /// Threads of the pool that all sessions of a backend share; 0 takes one a core.
     pub threads: usize,
+    /// Added to the nice value of each pool thread as it starts ([`priority::lower_this_thread`]); 0 leaves it.
+    pub nice: i32,
 }
 
 impl EngineOptions {
@@ -338,7 +341,7 @@ mod tests {
     #[test]
     fn a_gpu_backend_is_a_typed_error_and_auto_says_why_it_is_not_used() {
         let model = Model::embedded().unwrap();
-        let options = EngineOptions { threads: 1 };
+        let options = EngineOptions { threads: 1, ..Default::default() };
         for kind in [BackendKind::Tensorrt, BackendKind::Cuda] {
             let error = prepare(kind, &model, &options).err().unwrap();
             assert!(matches!(error, EngineError::Unavailable { .. }), "{error}");
@@ -352,7 +355,7 @@ mod tests {
 
     #[test]
     fn too_many_threads_are_refused() {
-        let options = EngineOptions { threads: 100_000 };
+        let options = EngineOptions { threads: 100_000, ..Default::default() };
         assert!(options.resolved_threads().is_err());
         assert!(EngineOptions::default().resolved_threads().unwrap() >= 1);
     }

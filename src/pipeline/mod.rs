@@ -5,6 +5,7 @@
 //!
 //! This module alone knows every stage.
 
+pub mod ahead;
 pub mod assembler;
 pub mod folder;
 pub mod ingest;
@@ -27,7 +28,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::config::Config;
 use crate::dicom::scp::{ScpError, ScpServer};
-use crate::engine::{Backend, EngineError, EngineOptions, prepare};
+use crate::engine::priority::lower_this_thread;
+use crate::engine::{Backend, EngineError, prepare};
 use crate::model::{Model, ModelError};
 use crate::report::calibration::CalibrationError;
 use crate::report::outbox::Outbox;
@@ -204,7 +206,7 @@ impl Daemon {
         }
         let hasher = StudyHasher::load_or_create(&data_dir.join("hash.key"))?;
         let store = Store::open(&data_dir.join("darnet.sqlite"))?;
-        let options = EngineOptions { threads: config.model.threads };
+        let options = config.model.engine_options();
         let backend = prepare(config.model.backend, model, &options)?;
         let backend_name = backend.name();
         let backend_note = backend.note().map(str::to_owned);
@@ -247,7 +249,14 @@ impl Daemon {
             spawn(format!("resample-{n}"), Box::new(move || workers::resample_worker(&jobs, &back, &pool, &window)))?;
         }
         drop((resample, decoded_tx));
-        spawn("infer".to_owned(), Box::new(move || workers::infer_worker(&infer, &inferred_tx, judge)))?;
+        let nice = config.model.nice;
+        let infer = move || {
+            if let Err(error) = lower_this_thread(nice) {
+                incidents::PriorityKept { detail: &error.kind().to_string() }.emit();
+            }
+            workers::infer_worker(&infer, &inferred_tx, judge);
+        };
+        spawn("infer".to_owned(), Box::new(infer))?;
 
         let journal_options = JournalOptions {
             series_dir: series_dir.clone(),
@@ -276,6 +285,11 @@ impl Daemon {
                 input_hw: [height, width],
                 crop_fraction: model.manifest.preprocessing.crop_fraction,
                 speculate: config.assembly.speculate,
+                ahead: config.assembly.compute_ahead.then_some(ahead::Grid {
+                    depth_grid: model.manifest.preprocessing.depth_grid,
+                    direction: model.manifest.preprocessing.slice_direction,
+                    planes: architecture.input_dhw[0],
+                }),
             },
             AssemblerChannels {
                 arrivals,

@@ -373,7 +373,7 @@ mod tests {
     #[test]
     fn a_cancelled_session_gives_the_same_bits_afterwards() {
         let model = model();
-        let options = EngineOptions { threads: 2 };
+        let options = EngineOptions { threads: 2, ..Default::default() };
         let backend = CpuBackend::new(&model, &options, None).unwrap();
         let input = synthetic::volume(model.manifest.architecture.input_dhw, 1);
         let (mut first, mut again) = (Inference::default(), Inference::default());
@@ -393,7 +393,7 @@ mod tests {
     #[test]
     fn wrong_inputs_are_typed_errors() {
         let model = model();
-        let options = EngineOptions { threads: 1 };
+        let options = EngineOptions { threads: 1, ..Default::default() };
         let backend = CpuBackend::new(&model, &options, None).unwrap();
         let mut session = backend.session().unwrap();
         let mut input = synthetic::volume(model.manifest.architecture.input_dhw, 1);
@@ -412,7 +412,7 @@ mod tests {
     #[test]
     fn the_stated_memory_is_what_is_allocated() {
         let model = model();
-        let backend = CpuBackend::new(&model, &EngineOptions { threads: 1 }, None).unwrap();
+        let backend = CpuBackend::new(&model, &EngineOptions { threads: 1, ..Default::default() }, None).unwrap();
         // 3 activations of the widest stage, (5 + 2) * (11 + 2) * (15 + 2) * 4 floats
         assert!(backend.session_bytes() >= 3 * 7 * 13 * 17 * 4 * 4);
         let parameters = model.manifest.architecture.parameter_count() as usize;
