@@ -21,7 +21,8 @@ fn embedded(c: &mut Criterion) {
     group.throughput(Throughput::Elements(architecture.macs()));
     let mut first: Option<Inference> = None;
     for threads in [1, 2] {
-        let backend = prepare(BackendKind::Cpu, &model, &EngineOptions { threads, ..Default::default() }).expect("a pool starts");
+        let backend =
+            prepare(BackendKind::Cpu, &model, &EngineOptions { threads, ..Default::default() }).expect("a pool starts");
         let mut session = backend.session().expect("a session opens");
         let mut out = Inference::default();
         session.run(&input, &cancel, &mut out).expect("it runs");

@@ -167,8 +167,7 @@ pub fn predict(depth_mm: &[f64], arrival: &[u64], count: Option<usize>, grid: Gr
     let from_head = count.is_none() && grid.direction == SliceDirection::HeadToFeet;
     let guess = Guess { slices: count, anchor: if from_head { slices - 1 - first } else { first } };
     let place: Vec<usize> = place.into_iter().map(|p| p + before).collect();
-    let mut positions: Vec<f64> =
-        (0..slices).map(|i| depth_mm[0] + (i as f64 - before as f64) * step).collect();
+    let mut positions: Vec<f64> = (0..slices).map(|i| depth_mm[0] + (i as f64 - before as f64) * step).collect();
     for (place, depth) in place.iter().zip(depth_mm) {
         positions[*place] = *depth;
     }

@@ -426,12 +426,10 @@ impl Assembler {
         if self.running.is_some() {
             return;
         }
-        let lull = Duration::from_millis(LULL_MS);
-        let kept = self.ahead_owner.as_ref().filter(|owner| {
-            self.series.get(owner).is_some_and(|s| s.may_compute_ahead() && s.quiet_since.elapsed() < lull)
-        });
+        let owner = self.ahead_owner.as_ref();
+        let kept = owner.filter(|owner| self.series.get(owner).is_some_and(Series::may_compute_ahead));
         let next = kept.or_else(|| {
-            let open = self.series.iter().filter(|(_, s)| s.may_compute_ahead());
+            let open = self.series.iter().filter(|(_, s)| s.may_compute_ahead() && s.has_news_ahead());
             open.max_by_key(|(_, s)| s.quiet_since).map(|(key, _)| key)
         });
         let Some(key) = next.cloned() else { return };
@@ -442,11 +440,17 @@ impl Assembler {
             ..self.options.limits.clone()
         };
         let Some(series) = self.series.get_mut(&key) else { return };
-        if series.decoded < series.ahead.looked + AHEAD_LOOK_SLICES {
+        if !series.has_news_ahead() {
             return;
         }
         series.ahead.looked = series.decoded;
-        let Some((prediction, planes)) = series.predict(&limits, grid) else { return };
+        let Some((prediction, planes)) = series.predict(&limits, grid) else {
+            if self.ahead_owner.as_ref() == Some(&key) {
+                series.ahead.planes = 0;
+                self.ahead_owner = None;
+            }
+            return;
+        };
         let held: Vec<bool> = planes.iter().map(Option::is_some).collect();
         let ready = prediction.ready(&held);
         let count = ready.iter().filter(|r| **r).count();
@@ -931,12 +935,6 @@ impl Assembler {
         let version = series.version;
         let job = match series.plan(&limits) {
             Ok((selection, slices)) => {
-                if complete
-                    && let Some((Guess { slices: Some(expected), .. }, _)) = series.ahead.guess.take()
-                    && expected != slices.len()
-                {
-                    events::AheadMispredicted { series: key }.emit();
-                }
                 let cancel = Arc::new(CancelToken::new());
                 let pending = InferJob {
                     series: key.clone(),
@@ -992,6 +990,12 @@ impl Assembler {
             return;
         }
         series.publishing = Some(version);
+        let slices = result.as_ref().map_or(series.entries.len(), |inferred| inferred.slices.len());
+        if let Some((Guess { slices: Some(expected), .. }, _)) = series.ahead.guess.take()
+            && expected != slices
+        {
+            events::AheadMispredicted { series: key }.emit();
+        }
         if speculative {
             events::SpeculationEnded { series: key, used: true }.emit();
         }
@@ -1086,7 +1090,8 @@ impl Series {
         }
     }
 
-    /// Whether it is worth looking at what can be computed ahead: slices are missing and nothing runs.
+    /// Whether slices still come and nothing of it runs. Without a bound on the quiet time two series that wait would
+    /// take the session from each other for ever.
     fn may_compute_ahead(&self) -> bool {
         self.version != self.published_version
             && self.completed.is_none()
@@ -1095,7 +1100,12 @@ impl Series {
             && !self.conflict
             && self.lost == 0
             && !self.over_bound
-            && self.decoded >= self.ahead.looked + AHEAD_LOOK_SLICES
+            && self.quiet_since.elapsed() < Duration::from_millis(LULL_MS)
+    }
+
+    /// Whether enough slices were decoded since the last look to look again.
+    fn has_news_ahead(&self) -> bool {
+        self.decoded >= self.ahead.looked + AHEAD_LOOK_SLICES
     }
 
     /// What the series is expected to become, with the in-plane result of each slice of the stack, in depth order.

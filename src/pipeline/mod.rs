@@ -197,6 +197,20 @@ impl Daemon {
         model: &Model,
         observer: Option<Sender<ResultNotice>>,
     ) -> Result<Self, StartError> {
+        let backend = prepare(config.model.backend, model, &config.model.engine_options())?;
+        Self::start_on(config, model, backend.as_ref(), observer)
+    }
+
+    /// As [`Daemon::start_with`], with a backend prepared for `model`; a session of it is opened and kept.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn start_on(
+        config: &Config,
+        model: &Model,
+        backend: &dyn Backend,
+        observer: Option<Sender<ResultNotice>>,
+    ) -> Result<Self, StartError> {
         let metrics = MetricsHandle::install()?;
         let data_dir = config.data_dir.clone();
         let series_dir = data_dir.join("series");
@@ -206,8 +220,6 @@ impl Daemon {
         }
         let hasher = StudyHasher::load_or_create(&data_dir.join("hash.key"))?;
         let store = Store::open(&data_dir.join("darnet.sqlite"))?;
-        let options = config.model.engine_options();
-        let backend = prepare(config.model.backend, model, &options)?;
         let backend_name = backend.name();
         let backend_note = backend.note().map(str::to_owned);
         let ended = Ended::default();
@@ -242,7 +254,7 @@ impl Daemon {
             spawn(format!("decode-{n}"), Box::new(move || workers::decode_worker(&jobs, &next, &back)))?;
         }
         drop((decode, resample_tx));
-        let judge = judge(model, backend.as_ref())?;
+        let judge = judge(model, backend)?;
         let window = judge.window();
         for n in 0..or_cores(config.assembly.resample_threads) {
             let (jobs, back, pool) = (resample.clone(), decoded_tx.clone(), pool.clone());

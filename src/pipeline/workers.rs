@@ -17,8 +17,8 @@ use crate::engine::{CancelToken, EngineError, Inference, Session};
 use crate::explain::class_activation_map;
 use crate::model::manifest::Preprocessing;
 use crate::pipeline::jobs::{
-    AheadDone, AheadJob, DecodeJob, DecodeTask, Decoded, DecodedSlice, FromInfer, InferDone, InferJob, Inferred, Judged,
-    ToInfer,
+    AheadDone, AheadJob, DecodeJob, DecodeTask, Decoded, DecodedSlice, FromInfer, InferDone, InferJob, Inferred,
+    Judged, ToInfer,
 };
 use crate::pipeline::planes::{PlanePool, SharedPlane};
 use crate::resample::cpu::{Window, gather_plane, in_plane};

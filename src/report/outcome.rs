@@ -443,7 +443,11 @@ mod tests {
             threshold: Some(0.5),
             why: "test".into(),
         };
-        let latency = ResultLatency { last_slice_to_alert_ms: Some(2100.5), completion_wait_ms: Some(2000.25), reused_share: Some(0.875) };
+        let latency = ResultLatency {
+            last_slice_to_alert_ms: Some(2100.5),
+            completion_wait_ms: Some(2000.25),
+            reused_share: Some(0.875),
+        };
         let study = StudyHasher::new([1; 32]).hash("1.2");
         ResultDocument::new(&study, model("demo"), "cpu", "released", alert, latency, report, at)
     }
