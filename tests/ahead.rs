@@ -280,9 +280,9 @@ fn two_series_at_once_do_not_mix() {
     let ((_a, a), (_b, b)) = (series(24, 80), series(25, 90));
     let mut expected = [plain(&a, DepthGrid::Fit), plain(&b, DepthGrid::Fit)];
     let mut mixed: Vec<PathBuf> = Vec::new();
-    for i in 0..90 {
+    for (i, file) in b.iter().enumerate() {
         mixed.extend(a.get(i).cloned());
-        mixed.push(b[i].clone());
+        mixed.push(file.clone());
     }
     let running = start(&Setup::default());
     running.push(&mixed, Some(2.0 * SLICES_PER_S), 1);
