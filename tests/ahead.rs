@@ -256,6 +256,12 @@ fn a_wrong_count_and_a_late_slice_change_time_only() {
     let second = running.result();
     assert_eq!(judged(&second), of_81);
     assert_eq!(second["revision"], 2);
+    let (status, metrics) = common::http(&running.daemon.web_addr().to_string(), "GET", "/metrics", "", &[]);
+    assert_eq!(status, 200);
+    for line in ["darnet_ahead_mispredictions_total ", "darnet_ahead_advances_total{result=\"done\"} "] {
+        let value = metrics.lines().find_map(|l| l.strip_prefix(line)).unwrap_or_else(|| panic!("no {line}"));
+        assert!(value.parse::<f64>().unwrap() >= 1.0, "{line}{value}");
+    }
     drop(running);
 
     // One fewer stated than there is: 80 of 81 complete it, the last one corrects it.
@@ -311,6 +317,37 @@ fn another_slice_cancels_a_run_started_early() {
     println!("cancelled {} ms after the slice was sent off", sent.elapsed().as_millis());
     assert_eq!(judged(&running.result()), expected);
     assert_eq!(running.seen.runs.load(Ordering::SeqCst), 1);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_inference_thread_gives_way_to_the_others() {
+    /// Nice value of a thread of this process, by its name; proc_pid_stat(5), field 19.
+    fn nice_of(name: &str) -> Vec<i32> {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        let stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
+        let named = stats.filter_map(|stat| {
+            let (head, fields) = stat.rsplit_once(')')?;
+            head.ends_with(&format!("({name}")).then(|| fields.split_whitespace().nth(16)?.parse().ok())?
+        });
+        named.collect()
+    }
+    let running = start(&Setup::default());
+    let wanted = Config::default().model.nice;
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        let (infer, assemble) = (nice_of("infer"), nice_of("assemble"));
+        // A thread has its name, and its priority, a moment after it is started.
+        if let Some(usual) = assemble.first()
+            && !infer.is_empty()
+            && infer.iter().all(|n| *n == (usual + wanted).min(19))
+        {
+            break;
+        }
+        assert!(Instant::now() < until, "infer {infer:?}, assemble {assemble:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(running);
 }
 
 #[test]

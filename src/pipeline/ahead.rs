@@ -47,8 +47,9 @@ pub struct Grid {
 pub struct Guess {
     /// Slices of the finished stack; `None` when nobody said and a fixed grid does without.
     pub slices: Option<usize>,
-    /// Place of the slice that came first, counted from the feet, or from plane 0's end when `slices` is `None`.
-    pub anchor: usize,
+    /// Places of the two slices that came first, counted from the feet, or from plane 0's end when `slices` is `None`.
+    /// One tells where the stack begins, both how long a step is.
+    pub anchors: [usize; 2],
 }
 
 /// A guess with what follows from it.
@@ -163,10 +164,12 @@ pub fn predict(depth_mm: &[f64], arrival: &[u64], count: Option<usize>, grid: Gr
             }
         }
     };
-    let first = arrival.iter().enumerate().min_by_key(|(_, a)| **a).map(|(i, _)| place[i] + before)?;
-    let from_head = count.is_none() && grid.direction == SliceDirection::HeadToFeet;
-    let guess = Guess { slices: count, anchor: if from_head { slices - 1 - first } else { first } };
     let place: Vec<usize> = place.into_iter().map(|p| p + before).collect();
+    let mut by_arrival: Vec<usize> = (0..arrival.len()).collect();
+    by_arrival.sort_by_key(|i| arrival[*i]);
+    let from_head = count.is_none() && grid.direction == SliceDirection::HeadToFeet;
+    let anchor = |i: usize| if from_head { slices - 1 - place[i] } else { place[i] };
+    let guess = Guess { slices: count, anchors: [anchor(by_arrival[0]), anchor(by_arrival[1])] };
     let mut positions: Vec<f64> = (0..slices).map(|i| depth_mm[0] + (i as f64 - before as f64) * step).collect();
     for (place, depth) in place.iter().zip(depth_mm) {
         positions[*place] = *depth;
@@ -252,7 +255,7 @@ mod tests {
             }
             let k = ((part * n as f64) as usize).max(2);
             let p = after(&z, k, Some(n), grid).expect("predicted");
-            prop_assert_eq!(p.guess, Guess { slices: Some(n), anchor: if down { n - 1 } else { 0 } });
+            prop_assert_eq!(p.guess, Guess { slices: Some(n), anchors: if down { [n - 1, n - 2] } else { [0, 1] } });
             let place: Vec<usize> = if down { (n - k..n).collect() } else { (0..k).collect() };
             prop_assert_eq!(&p.place, &place);
             prop_assert!(same_weights(&p.depth, &expected, &p.ready(&vec![true; k])));
@@ -276,7 +279,7 @@ mod tests {
             let k = ((part * n as f64) as usize).max(2);
             let p = after(&z, k, None, grid).expect("predicted");
             let ready = p.ready(&vec![true; k]);
-            prop_assert_eq!(p.guess, Guess { slices: None, anchor: 0 });
+            prop_assert_eq!(p.guess, Guess { slices: None, anchors: [0, 1] });
             for plane in (0..64).filter(|plane| ready[*plane]) {
                 let (slices, weights) = p.depth.plane_weights(plane);
                 let (real, real_weights) = expected.plane_weights(plane);
@@ -335,7 +338,7 @@ mod tests {
         let z = series(120, -200.0, 2.5, 1);
         let mut arriving: Vec<f64> = z.chunks(4).flat_map(|c| [c[2], c[0], c[3], c[1]]).collect();
         let p = after(&arriving, 41, Some(120), FIT).unwrap();
-        assert_eq!(p.guess, Guess { slices: Some(120), anchor: 2 });
+        assert_eq!(p.guess, Guess { slices: Some(120), anchors: [2, 0] });
         let ready = p.ready(&[true; 41]);
         assert_eq!(ready.iter().filter(|r| **r).count(), ready.iter().take_while(|r| **r).count());
         assert!(ready.iter().filter(|r| **r).count() > 18);
@@ -375,5 +378,10 @@ mod tests {
         let mut late: Vec<f64> = z[1..40].to_vec();
         late.push(z[0]);
         assert_ne!(open(&late, 40), open(&late, 39));
+        // Every other slice first: the step is taken for twice what it is until one between them comes.
+        let mut halved: Vec<f64> = z.iter().copied().step_by(2).collect();
+        halved.push(z[1]);
+        let guess = |k| after(&halved, k, Some(60), FIT).unwrap().guess;
+        assert_ne!(guess(30), guess(31));
     }
 }
