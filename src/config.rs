@@ -120,7 +120,7 @@ impl Default for ModelConfig {
 impl ModelConfig {
     /// How the backend may use the machine.
     pub fn engine_options(&self) -> EngineOptions {
-        EngineOptions { threads: self.threads, nice: self.nice }
+        EngineOptions { threads: self.threads, nice: self.nice, ..EngineOptions::default() }
     }
 }
 

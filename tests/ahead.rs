@@ -351,7 +351,6 @@ fn the_inference_thread_gives_way_to_the_others() {
 }
 
 #[test]
-#[ignore = "needs the engine's part"]
 fn most_is_reused_when_the_extent_is_known_and_declared() {
     let (_keep, files) = series(27, 100);
     let running = start(&Setup::default());

@@ -90,7 +90,7 @@ fn status_mib(pid: &str, key: &str) -> anyhow::Result<f64> {
 fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
     let started = Instant::now();
     let model = model(args)?;
-    let options = EngineOptions { threads: args.engine.threads, ..Default::default() };
+    let options = EngineOptions { threads: args.engine.threads, ..EngineOptions::default() };
     let backend = prepare(args.engine.backend, &model, &options)?;
     let mut session = backend.session()?;
     let load_ms = started.elapsed().as_secs_f64() * 1e3;
@@ -279,7 +279,7 @@ struct Measured {
 fn pipeline(args: &BenchArgs) -> anyhow::Result<Value> {
     let dir = super::demo::scratch_dir("bench-pipeline")?;
     let model = model(args)?;
-    let options = EngineOptions { threads: args.engine.threads, nice: ModelConfig::default().nice };
+    let options = ModelConfig { threads: args.engine.threads, ..ModelConfig::default() }.engine_options();
     let backend = prepare(args.engine.backend, &model, &options)?;
     let cancelled = cancel_delays(backend.as_ref(), &model, args.runs)?;
     let phantom = phantom(args.slices);

@@ -27,7 +27,7 @@ struct Files<'a> {
 /// `darnet infer`.
 pub fn infer(args: &InferArgs) -> anyhow::Result<Ended> {
     let model = modelcmd::load(args.engine.model.as_ref())?;
-    let options = EngineOptions { threads: args.engine.threads, ..Default::default() };
+    let options = EngineOptions { threads: args.engine.threads, ..EngineOptions::default() };
     let backend = prepare(args.engine.backend, &model, &options)?;
     if let Some(note) = backend.note() {
         eprintln!("darnet: {note}");
