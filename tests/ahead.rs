@@ -357,5 +357,6 @@ fn most_is_reused_when_the_extent_is_known_and_declared() {
     running.push(&files, Some(30.0), 1);
     let document = running.result();
     let share = document["latency"]["reused_share"].as_f64().expect("a backend that computes ahead");
+    println!("reused {share}");
     assert!(share > 0.8, "{share}");
 }

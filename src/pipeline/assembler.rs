@@ -50,13 +50,15 @@ const RESEND_RETRY: Duration = Duration::from_secs(5);
 /// Longest sleep of the assembler, so that the stop flag of a dead peer is seen.
 const MAX_WAIT: Duration = Duration::from_millis(500);
 
-/// New final planes from which a step of computing ahead is worth it. A step begins its convolutions anew at the border of
-/// the last one, which costs about the two planes that their kernels reach; the planes of the last step not taken when
-/// the series ends are lost: 4 of 64 are 6 %.
+/// New final planes from which a step of computing ahead is worth it: the depth of a tile of the convolutions. Fewer do
+/// towards the end, a quarter of the planes still missing, because what no step has taken when the series ends is lost.
 const AHEAD_STEP_PLANES: usize = 4;
 /// New slices after which the guess is looked at again. Looking takes less than a millisecond for 600 slices; with this
 /// it is 150 looks a series.
 const AHEAD_LOOK_SLICES: usize = 4;
+/// Among the last slices of a stated count it is looked at after each: 32 looks more. Planes are made of up to 10
+/// slices each way (600 slices, 64 planes).
+const AHEAD_LAST_SLICES: u64 = 32;
 /// Tilt from which a series is taken to be sheared in the end, degrees: so little moves the image by half a pixel over
 /// 300 mm ([`crate::volume::geometry::NO_SHEAR_PX`]).
 const AHEAD_MAX_TILT_DEG: f64 = 0.07;
@@ -465,7 +467,8 @@ impl Assembler {
                 self.guesses + 1
             }
         };
-        if count < series.ahead.planes + AHEAD_STEP_PLANES {
+        let missing = grid.planes.saturating_sub(series.ahead.planes);
+        if count < series.ahead.planes + (missing / 4).clamp(1, AHEAD_STEP_PLANES) {
             return;
         }
         let mut by_place = vec![None; prediction.depth.slices()];
@@ -1105,7 +1108,9 @@ impl Series {
 
     /// Whether enough slices were decoded since the last look to look again.
     fn has_news_ahead(&self) -> bool {
-        self.decoded >= self.ahead.looked + AHEAD_LOOK_SLICES
+        let nearly_all = self.hint.is_some_and(|count| count.saturating_sub(self.decoded as u64) <= AHEAD_LAST_SLICES);
+        let news = if nearly_all { 1 } else { AHEAD_LOOK_SLICES };
+        self.decoded >= self.ahead.looked + news
     }
 
     /// What the series is expected to become, with the in-plane result of each slice of the stack, in depth order.
