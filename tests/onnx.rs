@@ -25,7 +25,7 @@ struct Case {
 }
 
 fn engine(model: &Model, input: &[f32]) -> Inference {
-    let backend = prepare(BackendKind::Cpu, model, &EngineOptions { threads: 2 }).unwrap();
+    let backend = prepare(BackendKind::Cpu, model, &EngineOptions { threads: 2, ..EngineOptions::default() }).unwrap();
     let mut out = Inference::default();
     backend.session().unwrap().run(input, &CancelToken::new(), &mut out).unwrap();
     out

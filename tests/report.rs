@@ -126,7 +126,11 @@ fn outcome(revision: u32) -> NewOutcome {
     };
     let report = SeriesReport::result(series.to_string(), &[0.1, 2.5, -0.3], 120).unwrap();
     let alert = AlertPolicy::default().decide(&report, &Calibration::none(), true);
-    let latency = ResultLatency { last_slice_to_alert_ms: Some(2_345.678), completion_wait_ms: Some(2_000.0) };
+    let latency = ResultLatency {
+        last_slice_to_alert_ms: Some(2_345.678),
+        completion_wait_ms: Some(2_000.0),
+        reused_share: None,
+    };
     let document = ResultDocument::new(&study, model, "cpu", "released", alert.clone(), latency, report, unix_ms());
     NewOutcome {
         study,

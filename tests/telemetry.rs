@@ -34,6 +34,11 @@ fn emit_all() {
     SeriesOpened { study: &study, series: &series, open: 1 }.emit();
     SeriesCompleted { series: &series, cause: "released", slices: 300, waited: took, open: 0 }.emit();
     SeriesReopened { series: &series, revision: 1, open: 1 }.emit();
+    for result in ["done", "cancelled", "failed"] {
+        AheadAdvanced { series: &series, planes: 12, result, took }.emit();
+    }
+    AheadMispredicted { series: &series }.emit();
+    AheadReused { series: &series, share: 0.9 }.emit();
     SpeculationEnded { series: &series, used: true }.emit();
     OutcomePublished {
         study: &study,

@@ -9,11 +9,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use darnet::config::Config;
+use darnet::config::{Config, ModelConfig};
 use darnet::dicom::scu::{SendOptions, send};
 use darnet::engine::cpu::dispatch::{Isa, Kernels};
 use darnet::engine::cpu::roof;
-use darnet::engine::{CancelToken, EngineOptions, Inference, LayerTiming, prepare};
+use darnet::engine::{Backend, CancelToken, EngineOptions, Inference, LayerTiming, prepare};
 use darnet::model::Model;
 use darnet::model::manifest::{Architecture, DepthGrid, SliceDirection};
 use darnet::phantom::{DicomOptions, Phantom, PhantomClass, PhantomSpec, generate, write_dicom};
@@ -49,7 +49,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
     if args.json {
         print_json(&document)?;
     } else if let Value::Object(map) = &document {
-        for (key, value) in map {
+        for (key, value) in map.iter().filter(|(key, _)| *key != "variants") {
             match value {
                 Value::Array(rows) if rows.iter().all(Value::is_object) => print_table(key, rows),
                 _ => println!("{key:>24}  {value}"),
@@ -272,37 +272,177 @@ fn to(daemon: &Daemon) -> SendOptions {
     SendOptions { to: daemon.dicom_addr().to_string(), ..SendOptions::default() }
 }
 
+/// What a sender says of the number of slices.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// Nothing.
+    Unknown,
+    /// The number.
+    Known,
+    /// One too many.
+    OffByOne,
+}
+
+/// One way to send a series.
+#[derive(Clone, Copy)]
+struct Variant {
+    slices_per_s: Option<f64>,
+    extent: Extent,
+    /// Whether the stated number completes the series; otherwise it is a hint.
+    trusted: bool,
+    compute_ahead: bool,
+}
+
+impl Variant {
+    fn describe(&self) -> Value {
+        json!({
+            "rate": self.slices_per_s,
+            "extent": match self.extent {
+                Extent::Unknown => "unknown",
+                Extent::Known => "known",
+                Extent::OffByOne => "off-by-one",
+            },
+            "completion": if self.trusted && self.extent == Extent::Known { "declared" } else { "released" },
+            "compute_ahead": self.compute_ahead,
+        })
+    }
+}
+
+/// The ways to be measured; one without computing ahead first for each kind of completion, to compare with.
+fn variants(args: &BenchArgs) -> Vec<Variant> {
+    let paces = args.rate.map_or_else(|| vec![None, Some(30.0)], |rate| vec![Some(rate)]);
+    let mut variants = Vec::new();
+    for slices_per_s in paces {
+        let mut add = |extent, trusted, compute_ahead| {
+            variants.push(Variant { slices_per_s, extent, trusted, compute_ahead });
+        };
+        if !args.declare_count {
+            add(Extent::Unknown, false, false);
+            add(Extent::Unknown, false, true);
+            add(Extent::Known, false, true);
+            add(Extent::OffByOne, true, true);
+        }
+        add(Extent::Known, true, false);
+        add(Extent::Known, true, true);
+    }
+    variants
+}
+
+#[derive(Default)]
+struct Measured {
+    to_alert: Vec<f64>,
+    waits: Vec<f64>,
+    inferences: Vec<f64>,
+    reused: Vec<f64>,
+}
+
 fn pipeline(args: &BenchArgs) -> anyhow::Result<Value> {
     let dir = super::demo::scratch_dir("bench-pipeline")?;
+    let model = model(args)?;
+    let options = ModelConfig { threads: args.engine.threads, ..ModelConfig::default() }.engine_options();
+    let backend = prepare(args.engine.backend, &model, &options)?;
+    let cancelled = cancel_delays(backend.as_ref(), &model, args.runs)?;
     let phantom = phantom(args.slices);
-    let (mut to_alert, mut waits, mut inferences) = (Vec::new(), Vec::new(), Vec::new());
-    let grace_ms = Config::default().assembly.grace_ms;
+    let plain = write_dicom(&phantom, &dir.path().join("plain"), &DicomOptions::default())?;
+    let stated = DicomOptions { declare_count: true, ..DicomOptions::default() };
+    let stated = write_dicom(&phantom, &dir.path().join("stated"), &stated)?;
+    drop(phantom);
+    let variants = variants(args);
+    let mut measured: Vec<Measured> = variants.iter().map(|_| Measured::default()).collect();
+    // In turn, so that whatever else the machine does falls on all of them.
     for run in 0..args.runs {
-        let data = dir.path().join(format!("data-{run}"));
-        std::fs::create_dir(&data)?;
-        let (tx, notices) = observer();
-        let daemon = Daemon::start(&daemon_config(args, &data), Some(tx))?;
-        let files = write_dicom(&phantom, &dir.path().join("series"), &DicomOptions::default())?;
-        let options = SendOptions { slices_per_s: args.rate, ..to(&daemon) };
-        let report = send(&files, &options, &mut |_| {})?;
-        if report.stored != files.len() {
-            bail!("{} of {} slices were not stored", files.len() - report.stored, files.len());
+        for (variant, measured) in variants.iter().zip(&mut measured) {
+            let files = match variant.extent {
+                Extent::Unknown => &plain[..],
+                Extent::Known => &stated[..],
+                Extent::OffByOne => &stated[..stated.len() - 1],
+            };
+            let data = dir.path().join(format!("data-{run}"));
+            std::fs::create_dir(&data)?;
+            let mut config = daemon_config(args, &data);
+            config.assembly.compute_ahead = variant.compute_ahead;
+            if variant.trusted {
+                config.peers.trust_series_count = vec![SendOptions::default().calling_ae_title];
+            }
+            let (tx, notices) = observer();
+            let daemon = Daemon::start_on(&config, &model, backend.as_ref(), Some(tx))?;
+            let options = SendOptions { slices_per_s: variant.slices_per_s, ..to(&daemon) };
+            let report = send(files, &options, &mut |_| {})?;
+            if report.stored != files.len() {
+                bail!("{} of {} slices were not stored", files.len() - report.stored, files.len());
+            }
+            let notice = notices.recv_timeout(Duration::from_secs(600)).context("wait for the alert")?;
+            measured.to_alert.push(notice.last_slice_to_alert_s);
+            measured.waits.push(notice.completion_wait_s);
+            measured.inferences.push(notice.infer_s);
+            measured.reused.push(notice.reused_share.unwrap_or(0.0));
+            daemon.shutdown(Duration::from_secs(1));
+            std::fs::remove_dir_all(&data)?;
         }
-        let notice = notices.recv_timeout(Duration::from_secs(600)).context("wait for the alert")?;
-        to_alert.push(notice.last_slice_to_alert_s);
-        waits.push(notice.completion_wait_s);
-        inferences.push(notice.infer_s);
-        daemon.shutdown(Duration::from_secs(1));
+    }
+    let mut rows = Vec::new();
+    for (variant, mut measured) in variants.iter().zip(measured) {
+        let mut row = variant.describe();
+        measured.reused.sort_by(f64::total_cmp);
+        row["reused_share"] = json!(quantile(&measured.reused, 0.50));
+        row["last_slice_to_alert"] = spread(measured.to_alert);
+        row["completion_wait"] = spread(measured.waits);
+        row["inference"] = spread(measured.inferences);
+        rows.push(row);
+    }
+    if !args.json {
+        println!("  rate  extent      completion  ahead  last slice to alert  inference  reused");
+        for row in &rows {
+            println!(
+                "{:>6}  {:<10}  {:<10}  {:<5}  {:>16.0} ms  {:>6.0} ms  {:>6.3}",
+                row["rate"].as_f64().map_or("line".to_owned(), |r| r.to_string()),
+                row["extent"].as_str().unwrap_or_default(),
+                row["completion"].as_str().unwrap_or_default(),
+                row["compute_ahead"].as_bool().unwrap_or_default(),
+                row["last_slice_to_alert"]["p50_ms"].as_f64().unwrap_or(f64::NAN),
+                row["inference"]["p50_ms"].as_f64().unwrap_or(f64::NAN),
+                row["reused_share"].as_f64().unwrap_or(f64::NAN),
+            );
+        }
     }
     Ok(json!({
         "bench": "pipeline",
+        "model": model.manifest.id,
+        "backend": backend.name(),
+        "threads": args.engine.threads,
         "slices": args.slices,
-        "rate": args.rate,
-        "grace_ms": grace_ms,
-        "last_slice_to_alert": spread(to_alert),
-        "completion_wait": spread(waits),
-        "inference": spread(inferences),
+        "grace_ms": Config::default().assembly.grace_ms,
+        "cancel": cancelled,
+        "variants": rows,
     }))
+}
+
+/// How long a run goes on after it was told to stop, at `runs` points of it.
+fn cancel_delays(backend: &dyn Backend, model: &Model, runs: usize) -> anyhow::Result<Value> {
+    let mut session = backend.session()?;
+    let input = darnet::model::synthetic::volume(model.manifest.architecture.input_dhw, 1);
+    let mut out = Inference::default();
+    session.run(&input, &CancelToken::new(), &mut out)?;
+    let started = Instant::now();
+    session.run(&input, &CancelToken::new(), &mut out)?;
+    let whole = started.elapsed();
+    let mut delays = Vec::with_capacity(runs);
+    for run in 0..runs {
+        let cancel = CancelToken::new();
+        let told = std::thread::scope(|scope| {
+            let canceller = scope.spawn(|| {
+                std::thread::sleep(whole.mul_f64((run as f64 + 0.5) / runs as f64));
+                cancel.cancel();
+                Instant::now()
+            });
+            let _ = session.run(&input, &cancel, &mut out);
+            let ended = Instant::now();
+            canceller.join().map(|told| ended.saturating_duration_since(told))
+        });
+        let Ok(delay) = told else { bail!("the cancelling thread ended early") };
+        delays.push(delay.as_secs_f64());
+    }
+    Ok(spread(delays))
 }
 
 struct Served {

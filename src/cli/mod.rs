@@ -286,12 +286,15 @@ pub struct BenchArgs {
     /// Slices of the series (ingest, pipeline, memory).
     #[arg(long, default_value_t = 300, value_name = "N")]
     pub slices: usize,
-    /// Slices a second (pipeline); line rate when absent.
+    /// Slices a second (pipeline); line rate and 30 a second when absent.
     #[arg(long, value_name = "RATE")]
     pub rate: Option<f64>,
     /// Inference: stay, run each safetensors file named on a line of stdin, answer with a line of JSON.
     #[arg(long)]
     pub serve: bool,
+    /// Only completion by a declared count (pipeline); by release of the association, too, when absent.
+    #[arg(long)]
+    pub declare_count: bool,
     /// Print one JSON document on stdout.
     #[arg(long)]
     pub json: bool,

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::Model;
 
 pub mod cpu;
+pub mod priority;
 pub mod reference;
 
 /// Most threads a backend takes; more do not help at 64 planes an input.
@@ -117,6 +118,8 @@ impl FromStr for BackendKind {
 pub struct EngineOptions {
     /// Threads of the pool that all sessions of a backend share; 0 takes one a core.
     pub threads: usize,
+    /// Added to the nice value of each of its threads as it starts ([`priority::lower_this_thread`]); 0 leaves it.
+    pub nice: i32,
     /// Instruction set of the cpu backend; without it the best that the processor has.
     pub isa: Option<cpu::dispatch::Isa>,
     /// Keep the cpu backend's packed weights in a file beside the model, where its folder can be written.
@@ -125,7 +128,7 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { threads: 0, isa: None, weight_cache: true }
+        Self { threads: 0, nice: 0, isa: None, weight_cache: true }
     }
 }
 

@@ -218,6 +218,8 @@ pub struct ResultNotice {
     pub completion_wait_s: f64,
     /// Seconds of the network.
     pub infer_s: f64,
+    /// Share of what can be computed ahead that was, if anything can be.
+    pub reused_share: Option<f64>,
     /// Where the pictures will be.
     pub results_dir: PathBuf,
     /// Closed when the pictures are made.
@@ -502,6 +504,7 @@ impl Publisher {
         let (done, rendered) = bounded(0);
         let completion_wait = job.timing.completed_at.duration_since(job.timing.last_pdata_at);
         let infer_s = job.result.as_ref().map_or(0.0, |i| i.judged.infer_s);
+        let reused_share = job.result.as_ref().ok().and_then(|i| i.judged.reused_share());
         if let (Some(render), Ok(inferred)) = (&self.render, job.result) {
             let render_job = RenderJob {
                 series: job.series.clone(),
@@ -526,6 +529,7 @@ impl Publisher {
                 last_slice_to_alert_s: last_slice_to_alert.as_secs_f64(),
                 completion_wait_s: completion_wait.as_secs_f64(),
                 infer_s,
+                reused_share,
                 results_dir: dir,
                 rendered,
             };
@@ -591,6 +595,7 @@ impl Publisher {
             ResultLatency {
                 last_slice_to_alert_ms: Some(job.timing.last_pdata_at.elapsed().as_secs_f64() * 1e3),
                 completion_wait_ms: Some(completion_wait.as_secs_f64() * 1e3),
+                reused_share: job.result.as_ref().ok().and_then(|i| i.judged.reused_share()),
             },
             report.clone(),
             created_at_ms,
@@ -819,7 +824,7 @@ mod tests {
             Outcome::NoResult => SeriesReport::no_result(series, &Refusal::new(Reason::Gap, "a hole"), 100),
         };
         let alert = AlertPolicy::default().decide(&report, &Calibration::none(), false);
-        let latency = ResultLatency { last_slice_to_alert_ms: None, completion_wait_ms: None };
+        let latency = ResultLatency::default();
         let mut document =
             ResultDocument::new(&hasher.hash("1"), model("a"), "cpu", "released", alert, latency, report, 5);
         document.reconstruction = Some(r);

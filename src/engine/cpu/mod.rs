@@ -25,6 +25,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::engine::priority::lower_this_thread;
 use crate::engine::{
     Backend, CancelToken, EngineError, EngineOptions, Inference, LayerTiming, Reuse, Session, check_input, softmax_into,
 };
@@ -71,7 +72,12 @@ impl CpuBackend {
         let threads = options.resolved_threads()?;
         let isa = options.isa.unwrap_or_else(Isa::best);
         let kernels = Kernels::of(isa).ok_or(EngineError::Isa { isa: isa.as_str() })?;
-        let pool = Pool::new(threads, || {})
+        let nice = options.nice;
+        let started = move || {
+            // A thread that keeps its priority computes as well; the system says no only where it forbids the call.
+            let _ = lower_this_thread(nice);
+        };
+        let pool = Pool::new(threads, started)
             .map_err(|error| EngineError::ThreadPool { threads, reason: error.to_string() })?;
         let plan = Plan::new(model);
         let weights = Packed::load(model, &plan, &kernels, &pool, options.weight_cache)?;
