@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::dicom::scp::ScpConfig;
+use crate::engine::cpu::dispatch::Isa;
 use crate::engine::priority::MAX_NICE;
 use crate::engine::{BackendKind, EngineOptions};
 use crate::pipeline::folder::FolderConfig;
@@ -109,18 +110,22 @@ pub struct ModelConfig {
     pub threads: usize,
     /// How much the threads that compute are lowered below those that receive (nice value, Linux); 0 leaves them.
     pub nice: i32,
+    /// Instruction set of the cpu backend: scalar, avx2, avx512; the best there is when absent.
+    pub isa: Option<Isa>,
+    /// Keep the cpu backend's packed weights in a file beside the model, where its folder can be written.
+    pub weight_cache: bool,
 }
 
 impl Default for ModelConfig {
     fn default() -> Self {
-        Self { path: None, backend: BackendKind::default(), threads: 0, nice: 5 }
+        Self { path: None, backend: BackendKind::default(), threads: 0, nice: 5, isa: None, weight_cache: true }
     }
 }
 
 impl ModelConfig {
     /// How the backend may use the machine.
     pub fn engine_options(&self) -> EngineOptions {
-        EngineOptions { threads: self.threads, nice: self.nice, ..EngineOptions::default() }
+        EngineOptions { threads: self.threads, nice: self.nice, isa: self.isa, weight_cache: self.weight_cache }
     }
 }
 

@@ -13,7 +13,7 @@ use darnet::config::{Config, ModelConfig};
 use darnet::dicom::scu::{SendOptions, send};
 use darnet::engine::cpu::dispatch::{Isa, Kernels};
 use darnet::engine::cpu::roof;
-use darnet::engine::{Backend, CancelToken, EngineOptions, Inference, LayerTiming, prepare};
+use darnet::engine::{Backend, CancelToken, Inference, LayerTiming, prepare};
 use darnet::model::Model;
 use darnet::model::manifest::{Architecture, DepthGrid, SliceDirection};
 use darnet::phantom::{DicomOptions, Phantom, PhantomClass, PhantomSpec, generate, write_dicom};
@@ -118,8 +118,7 @@ fn status_mib(pid: &str, key: &str) -> anyhow::Result<f64> {
 fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
     let started = Instant::now();
     let model = model(args)?;
-    let options = EngineOptions { threads: args.engine.threads, ..EngineOptions::default() };
-    let backend = prepare(args.engine.backend, &model, &options)?;
+    let backend = prepare(args.engine.backend, &model, &args.engine.options())?;
     let mut session = backend.session()?;
     let load_ms = started.elapsed().as_secs_f64() * 1e3;
     let architecture = model.manifest.architecture.clone();
@@ -232,9 +231,7 @@ fn daemon_config(args: &BenchArgs, data: &Path) -> Config {
     let mut config = Config { data_dir: data.to_path_buf(), ..Config::default() };
     config.dicom.bind = "127.0.0.1:0".to_owned();
     config.web.bind = "127.0.0.1:0".to_owned();
-    config.model.path.clone_from(&args.engine.model);
-    config.model.backend = args.engine.backend;
-    config.model.threads = args.engine.threads;
+    args.engine.configure(&mut config.model);
     config
 }
 
@@ -339,8 +336,9 @@ struct Measured {
 fn pipeline(args: &BenchArgs) -> anyhow::Result<Value> {
     let dir = super::demo::scratch_dir("bench-pipeline")?;
     let model = model(args)?;
-    let options = ModelConfig { threads: args.engine.threads, ..ModelConfig::default() }.engine_options();
-    let backend = prepare(args.engine.backend, &model, &options)?;
+    let mut config = ModelConfig::default();
+    args.engine.configure(&mut config);
+    let backend = prepare(args.engine.backend, &model, &config.engine_options())?;
     let cancelled = cancel_delays(backend.as_ref(), &model, args.runs)?;
     let phantom = phantom(args.slices);
     let plain = write_dicom(&phantom, &dir.path().join("plain"), &DicomOptions::default())?;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use darnet::engine::{EngineOptions, prepare};
+use darnet::engine::prepare;
 use darnet::explain::{CamGeometry, RenderOptions, SeriesToExplain, class_activation_map, explain_series, write_cam};
 use darnet::model::Model;
 use darnet::pipeline::offline::{Judgement, judge_paths};
@@ -27,8 +27,7 @@ struct Files<'a> {
 /// `darnet infer`.
 pub fn infer(args: &InferArgs) -> anyhow::Result<Ended> {
     let model = modelcmd::load(args.engine.model.as_ref())?;
-    let options = EngineOptions { threads: args.engine.threads, ..EngineOptions::default() };
-    let backend = prepare(args.engine.backend, &model, &options)?;
+    let backend = prepare(args.engine.backend, &model, &args.engine.options())?;
     if let Some(note) = backend.note() {
         eprintln!("darnet: {note}");
     }

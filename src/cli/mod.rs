@@ -15,7 +15,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use darnet::engine::BackendKind;
+use darnet::config::ModelConfig;
+use darnet::engine::cpu::dispatch::Isa;
+use darnet::engine::{BackendKind, EngineOptions};
 use darnet::phantom::PhantomClass;
 
 /// How a command ended.
@@ -153,6 +155,22 @@ pub struct EngineArgs {
     /// Threads; 0 takes every core.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
+    /// Instruction set of the cpu backend: scalar, avx2, avx512; the best there is when absent.
+    #[arg(long, value_name = "ISA")]
+    pub isa: Option<Isa>,
+}
+
+impl EngineArgs {
+    /// How the backend may use the machine.
+    pub fn options(&self) -> EngineOptions {
+        EngineOptions { threads: self.threads, isa: self.isa, ..EngineOptions::default() }
+    }
+
+    /// The same as part of a configuration.
+    pub fn configure(&self, model: &mut ModelConfig) {
+        model.path.clone_from(&self.model);
+        (model.backend, model.threads, model.isa) = (self.backend, self.threads, self.isa);
+    }
 }
 
 /// Arguments of `darnet send`.

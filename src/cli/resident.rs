@@ -15,7 +15,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
-use darnet::engine::{CancelToken, EngineOptions, Inference, prepare};
+use darnet::engine::{CancelToken, Inference, prepare};
 use serde_json::{Value, json};
 
 use super::{BenchArgs, Ended, bench, infer};
@@ -27,8 +27,7 @@ const MAX_LINE_BYTES: u64 = 4097;
 pub fn serve(args: &BenchArgs) -> anyhow::Result<Ended> {
     let started = Instant::now();
     let model = bench::model(args)?;
-    let options = EngineOptions { threads: args.engine.threads, ..EngineOptions::default() };
-    let backend = prepare(args.engine.backend, &model, &options)?;
+    let backend = prepare(args.engine.backend, &model, &args.engine.options())?;
     let mut session = backend.session()?;
     let input_dhw = model.manifest.architecture.input_dhw;
     say(&json!({

@@ -351,6 +351,7 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION"),
             commit: option_env!("DARNET_COMMIT").unwrap_or("unknown"),
             backend: backend_name,
+            instruction_set: backend.instruction_set(),
             model: &model.manifest.id,
             intended_use: &model.manifest.intended_use,
         }

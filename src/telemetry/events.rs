@@ -69,6 +69,8 @@ pub struct ServerStarted<'a> {
     pub commit: &'a str,
     /// Inference backend in use.
     pub backend: &'a str,
+    /// Instruction set of its kernels, if that says anything.
+    pub instruction_set: &'a str,
     /// Model id.
     pub model: &'a str,
     /// What the model's manifest says it is for.
@@ -82,6 +84,7 @@ impl ServerStarted<'_> {
             version = self.version,
             commit = self.commit,
             backend = self.backend,
+            instruction_set = self.instruction_set,
             model = self.model,
             intended_use = self.intended_use,
             "server started"

@@ -64,6 +64,15 @@ impl fmt::Display for Isa {
     }
 }
 
+impl std::str::FromStr for Isa {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|isa| isa.as_str() == text);
+        found.ok_or_else(|| format!("unknown instruction set {text:?}: expected scalar, avx2 or avx512"))
+    }
+}
+
 /// Tiles of a Winograd convolution: outputs along depth, rows and columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub enum Tiling {
