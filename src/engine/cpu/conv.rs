@@ -350,6 +350,7 @@ pub fn direct(
                     offsets: conv.offsets.as_ptr(),
                     segments: conv.offsets.len(),
                     length: input.length,
+                    next: input.step[1],
                     b: weights.as_ptr().add(first * depth * LANES),
                     c: output.at(shape.at(first, [z, y, 0])),
                     block: shape.block(),
