@@ -414,10 +414,11 @@ pub fn merge(
 mod tests {
     use super::*;
     use crate::engine::cpu::dispatch::Isa;
-    use crate::engine::cpu::plan::Method;
+    use crate::engine::cpu::plan::{Method, Plan};
     use crate::engine::cpu::simd::Scalar;
     use crate::engine::cpu::winograd::{Axis, Four, MAX_T, Poly2, Poly4, Two};
     use crate::model::synthetic::Stream;
+    use crate::model::{Architecture, Model};
     use proptest::prelude::*;
 
     /// Unit roundoff of f32.
@@ -739,6 +740,110 @@ mod tests {
                             sum += line;
                         }
                         prop_assert!(sum >= 0.0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The stem and a shortcut of a whole model's plan: segments and strides of their own, the shortcut merging.
+    #[test]
+    fn the_stem_and_shortcuts_match_their_definition() {
+        for (width, dhw, seed) in [(3, [4, 15, 22], 1), (17, [3, 30, 17], 2), (70, [2, 16, 16], 3)] {
+            let architecture = Architecture { base_width: width, input_dhw: dhw, ..Architecture::full() };
+            let model = Model::synthetic("t", &architecture, seed).unwrap();
+            let plan = Plan::new(&model);
+            let folded = |bn: &str| -> Vec<(f64, f64)> {
+                let get = |part: &str| model.weights.get(&format!("{bn}.{part}"));
+                let values =
+                    get("weight").iter().zip(get("bias")).zip(get("running_mean").iter().zip(get("running_var")));
+                values
+                    .map(|((w, b), (mean, var))| {
+                        let scale = f64::from(*w) / (f64::from(*var) + 1e-5).sqrt();
+                        (scale, f64::from(*b) - f64::from(*mean) * scale)
+                    })
+                    .collect()
+            };
+            for isa in available() {
+                let kernels = Kernels::of(isa).unwrap();
+                let pool = Pool::new(2, || {}).unwrap();
+                let context = Context { pool: &pool, kernels: &kernels, cancel: &CancelToken::new() };
+                let doubled = if isa == Isa::Scalar { 2.0 } else { 1.0 };
+
+                let volume = crate::model::synthetic::volume(dhw, seed);
+                let [d, h, w] = dhw;
+                let at = plan.stem_input();
+                let mut bordered = vec![0.0; at.total()];
+                for (i, v) in volume.iter().enumerate() {
+                    let (z, y, x) = (i / (h * w), i / w % h, i % w);
+                    bordered[(z + 1) * at.plane() + (y + 3) * at.row() + x + 3] = *v;
+                }
+                let stem = &plan.stem;
+                let mut output = Tensor::new(stem.output.len()).unwrap();
+                output.reshape(stem.output);
+                let weights = model.weights.get("stem.0.weight");
+                let packed = stem.packed(kernels.vectors, weights);
+                let input = DirectInput { data: &bordered, step: [at.plane(), 2 * at.row(), 2], length: 7 };
+                let planes: Vec<usize> = (0..d).collect();
+                direct(&context, stem, &packed, input, &mut output, Ending::Relu, &planes).unwrap();
+                let out = output.data(stem.output);
+                for (co, (scale, shift)) in folded("stem.1").into_iter().enumerate() {
+                    for voxel in 0..stem.output.dhw.iter().product() {
+                        let [_, oh, ow] = stem.output.dhw;
+                        let (z, y, x) = (voxel / (oh * ow), voxel / ow % oh, voxel % ow);
+                        let (mut sum, mut size) = (shift, shift.abs());
+                        for k in 0..147 {
+                            let from = (z + k / 49) * at.plane() + (2 * y + k / 7 % 7) * at.row() + 2 * x + k % 7;
+                            let product = f64::from(weights[co * 147 + k]) * scale * f64::from(bordered[from]);
+                            sum += product;
+                            size += product.abs();
+                        }
+                        let got = f64::from(out[stem.output.at(co / LANES, [z, y, x]) + co % LANES]);
+                        // a sum of 147, the rounding of the folded weight, bias
+                        assert!((got - sum.max(0.0)).abs() <= doubled * 150.0 * U * size, "{isa} stem {got} {sum}");
+                    }
+                }
+
+                let block = &plan.blocks[2];
+                let shortcut = block.shortcut.as_ref().unwrap();
+                let (from, to) = (shortcut.input, shortcut.output);
+                let mut x = Tensor::new(from.len()).unwrap();
+                x.reshape(from);
+                let mut y = Tensor::new(to.len()).unwrap();
+                y.reshape(to);
+                for (tensor, shape, name) in [(&mut x, from, "x"), (&mut y, to, "y")] {
+                    let values = Stream::new(seed, name).fill(shape.c * shape.dhw.iter().product::<usize>(), 0.2, 1.0);
+                    for (i, v) in values.into_iter().enumerate() {
+                        let [_, h, w] = shape.dhw;
+                        let (voxel, ch) = (i / shape.c, i % shape.c);
+                        let zyx = [voxel / (h * w), voxel / w % h, voxel % w];
+                        tensor.data_mut(shape)[shape.at(ch / LANES, zyx) + ch % LANES] = v;
+                    }
+                }
+                let before = y.data(to).to_vec();
+                let scale = Stream::new(seed, "scale").fill(to.dhw[0] * to.padded_c(), 0.5, 0.5);
+                let weights = model.weights.get("layer2.0.downsample.0.weight");
+                let packed = shortcut.packed(kernels.vectors, weights);
+                let step = [2 * from.plane(), 2 * from.row(), 2 * LANES];
+                let input = DirectInput { data: x.data(from), step, length: LANES };
+                let planes: Vec<usize> = (0..to.dhw[0]).collect();
+                direct(&context, shortcut, &packed, input, &mut y, Ending::Merge(&scale), &planes).unwrap();
+                for (co, (factor, shift)) in folded("layer2.0.downsample.1").into_iter().enumerate() {
+                    for voxel in 0..to.dhw.iter().product() {
+                        let [_, oh, ow] = to.dhw;
+                        let zyx = [voxel / (oh * ow), voxel / ow % oh, voxel % ow];
+                        let at = to.at(co / LANES, zyx) + co % LANES;
+                        let scaled = f64::from(scale[zyx[0] * to.padded_c() + co]) * f64::from(before[at]);
+                        let (mut sum, mut size) = (shift + scaled, shift.abs() + scaled.abs());
+                        for ci in 0..from.c {
+                            let value = x.data(from)[from.at(ci / LANES, zyx.map(|v| 2 * v)) + ci % LANES];
+                            let product = f64::from(weights[co * from.c + ci]) * factor * f64::from(value);
+                            sum += product;
+                            size += product.abs();
+                        }
+                        let got = f64::from(y.data(to)[at]);
+                        let bound = doubled * (from.padded_c() + 4) as f64 * U * size;
+                        assert!((got - sum.max(0.0)).abs() <= bound, "{isa} shortcut {got} {sum}");
                     }
                 }
             }
