@@ -23,5 +23,7 @@ pub mod report;
 pub mod resample;
 pub mod store;
 pub mod telemetry;
+#[cfg(feature = "train-data")]
+pub mod train;
 pub mod volume;
 pub mod web;
