@@ -21,6 +21,7 @@ pub mod phantom;
 pub mod pipeline;
 pub mod report;
 pub mod resample;
+pub mod scan;
 pub mod store;
 pub mod telemetry;
 #[cfg(feature = "train-data")]

@@ -853,6 +853,13 @@ impl Session<'_> {
                 reason: "all epochs are done, but there is no best one".to_owned(),
             });
         };
+        // What is judged is what is stored.
+        let weights = if self.run.half_weights {
+            let bytes = half_safetensors(&weights, &self.options.architecture)?;
+            Weights::from_safetensors(&bytes, &self.options.architecture)?
+        } else {
+            weights
+        };
         self.engine.set_weights(&weights)?;
         let (predictions, _) = predict(&self.engine, self.data, self.validation, |_| Pose::IDENTITY)?;
         report::write_predictions(&self.path("validation.csv"), self.data.class_names(), &predictions)?;
@@ -922,6 +929,7 @@ pub fn write_model(
         manifest.class_names = manifest.class_keys.clone();
     }
     manifest.preprocessing = data.preprocessing().clone();
+    manifest.source_window = data.source_window();
     manifest.scores = report::manifest_scores("validation", evaluation);
     manifest.validate()?;
     // The scanner's own checks, before anything is written.

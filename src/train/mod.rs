@@ -1,22 +1,41 @@
-//! The trainer: data, training, evaluation, ablations, import. Built with feature `train-data`; what needs libtorch with
-//! feature `trainer`.
+//! The trainer: readers of what users have, the cache, the split, training, evaluation, ablations, import. Built with
+//! feature `train-data`; what needs libtorch with feature `trainer`.
 //!
-//! Input: a prepared cache of volumes and a split by patient, or anything else that is a [`Dataset`]. Output: model
-//! folders that the scanner loads, tables, curves.
+//! ```text
+//! sources ──> prepare ──> cache ──> split ──> fit ──────> evaluate
+//! folders,    same code   f16,      by patient  folds,      tables,
+//! phantoms    as daemon   mapped                variants    curves
+//! ```
 //!
-//! Invariants: a run is defined by its options, its data and its seed; stopped at any moment and started again it ends
+//! - Input: folders of scans in the layouts of public data sets, or the phantom; for training, anything that is a
+//!   [`Dataset`]. Output: a [`cache::Cache`] of network inputs with a report of what was refused and why, a
+//!   [`split::Split`], model folders that the scanner loads, tables, curves.
+//! - The preprocessing is the daemon's, called and not repeated ([`crate::resample`], [`crate::scan`]).
+//!
+//! Invariants: the outcome does not depend on the number of threads of the preparation, nor on where an earlier run was
+//! killed. A training run is defined by its options, its data and its seed; stopped at any moment and started again it ends
 //! with the same weights (bit for bit on the processor with the same number of threads). The network is the one that
 //! `model` describes, and weights leave through `model`'s own checks.
 //!
-//! Deliberately absent: preprocessing (the scanner's own is used, when a cache is prepared), Python.
+//! Deliberately absent: a preprocessing of its own, any download, Python.
 
 use std::path::PathBuf;
 
+use crate::model::manifest::SourceWindow;
 use crate::model::{ModelError, Preprocessing};
 
+pub mod cache;
+pub mod error;
+pub(crate) mod layout;
+mod map;
 pub mod metrics;
 pub mod plot;
 pub mod report;
+pub mod split;
+
+pub use cache::{Cache, Case};
+pub use error::TrainDataError;
+pub use split::{Split, SplitRow};
 
 #[cfg(feature = "trainer")]
 pub mod ablate;
@@ -136,10 +155,47 @@ pub trait Dataset: Sync {
     fn class(&self, index: usize) -> usize;
     /// The volume, row-major D, H, W, in [0, 1].
     fn volume_f16(&self, index: usize) -> &[half::f16];
+    /// What grey values of the sources meant, the least informed of all scans.
+    fn source_window(&self) -> SourceWindow {
+        SourceWindow::Hu
+    }
     /// The lesion mask in the volume's shape, 0 outside lesions, if there is one.
     fn mask(&self, index: usize) -> Option<&[u8]> {
         let _ = index;
         None
+    }
+}
+
+impl Dataset for Cache {
+    fn len(&self) -> usize {
+        self.cases().len()
+    }
+    fn input_dhw(&self) -> [usize; 3] {
+        self.input_dhw()
+    }
+    fn preprocessing(&self) -> &Preprocessing {
+        self.preprocessing()
+    }
+    fn class_names(&self) -> &[String] {
+        self.class_names()
+    }
+    fn scan(&self, index: usize) -> &str {
+        &self.cases()[index].scan
+    }
+    fn patient(&self, index: usize) -> &str {
+        &self.cases()[index].patient
+    }
+    fn class(&self, index: usize) -> usize {
+        self.cases()[index].class
+    }
+    fn volume_f16(&self, index: usize) -> &[half::f16] {
+        self.volume(index)
+    }
+    fn source_window(&self) -> SourceWindow {
+        self.source_window()
+    }
+    fn mask(&self, index: usize) -> Option<&[u8]> {
+        self.mask(index)
     }
 }
 
