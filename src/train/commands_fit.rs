@@ -17,32 +17,20 @@ use super::fit::{Engine, Event, FitOptions, RunOptions, Summary, fit as run_fit}
 use super::net::{Precision, initial_weights};
 use super::report::{Judged, Variant, document, write_document, write_pictures};
 use super::torch::{TorchOptions, devices, gpu_bytes_used, init};
-use super::{Cache, Case, Dataset, MemoryCase, MemoryDataset, Split, SplitRow};
+use super::{Cache, Split, SplitRow};
 use super::{ablate as plan, evaluate as judge, import as pth};
-use crate::model::manifest::SourceWindow;
 use crate::model::new::NewModel;
-use crate::model::{Architecture, AttentionOrder, CLASS_KEYS, Preprocessing, Weights};
-use crate::phantom::{PhantomClass, PhantomSpec, generate};
-
-/// Folds of phantoms drawn in memory, and their share of test scans.
-const PHANTOM_FOLDS: usize = 5;
-const PHANTOM_TEST_SHARE: f64 = 0.2;
+use crate::model::{Architecture, AttentionOrder, CLASS_KEYS, Weights};
 
 /// Where the scans are.
 #[derive(Args, Clone, Debug)]
 pub struct DataArgs {
     /// The cache that `prepare` made
-    #[arg(long, value_name = "DIR", required_unless_present = "phantoms")]
-    cache: Option<PathBuf>,
+    #[arg(long, value_name = "DIR")]
+    cache: PathBuf,
     /// The split that `split` made
-    #[arg(long, value_name = "CSV", required_unless_present = "phantoms")]
-    split: Option<PathBuf>,
-    /// Instead of a cache: so many phantoms a class, drawn in memory on the network's own grid, for small experiments
-    #[arg(long, value_name = "N", conflicts_with_all = ["cache", "split"])]
-    phantoms: Option<usize>,
-    /// Shape of these phantoms
-    #[arg(long, value_name = "D,H,W", value_parser = parse_dhw, default_value = "16,48,48")]
-    phantom_input: [usize; 3],
+    #[arg(long, value_name = "CSV")]
+    split: PathBuf,
 }
 
 fn parse_dhw(text: &str) -> Result<[usize; 3], String> {
@@ -196,8 +184,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "STEPS", default_value_t = 0)]
     checkpoint_steps: usize,
     /// What the manifest says it was trained on
-    #[arg(long, value_name = "TEXT")]
-    trained_on: Option<String>,
+    #[arg(long, value_name = "TEXT", default_value = "a cache of unnamed sources")]
+    trained_on: String,
     /// demo, research or clinical
     #[arg(long, default_value = "research")]
     intended_use: String,
@@ -231,14 +219,7 @@ impl TrainArgs {
         }
     }
 
-    fn run<'a>(
-        &self,
-        out: PathBuf,
-        id: &str,
-        data: &Opened,
-        at: Vec<Device>,
-        init: Option<&'a Weights>,
-    ) -> RunOptions<'a> {
+    fn run<'a>(&self, out: PathBuf, id: &str, at: Vec<Device>, init: Option<&'a Weights>) -> RunOptions<'a> {
         RunOptions {
             out,
             devices: at,
@@ -246,7 +227,7 @@ impl TrainArgs {
             initial: init,
             stop: None,
             id: id.to_owned(),
-            trained_on: self.trained_on.clone().unwrap_or_else(|| data.description.clone()),
+            trained_on: self.trained_on.clone(),
             intended_use: self.intended_use.clone(),
             half_weights: self.half_weights,
         }
@@ -264,10 +245,9 @@ impl TrainArgs {
 
 /// A data set with its split.
 struct Opened {
-    data: Box<dyn Dataset>,
+    data: Cache,
     split: Split,
     index: HashMap<String, usize>,
-    description: String,
 }
 
 impl Opened {
@@ -285,59 +265,12 @@ impl Opened {
 
 impl DataArgs {
     fn open(&self) -> anyhow::Result<Opened> {
-        let (data, split, description): (Box<dyn Dataset>, Split, String) = match (&self.cache, &self.split) {
-            (Some(cache), Some(split)) => {
-                let cache = Cache::open(cache)?;
-                let split = Split::read_csv(split)?;
-                split.verify(cache.cases())?;
-                (Box::new(cache), split, "a prepared cache".to_owned())
-            }
-            _ => {
-                let count = self.phantoms.unwrap_or(0);
-                let (data, split) = phantoms(count, self.phantom_input)?;
-                (Box::new(data), split, format!("{count} phantoms a class drawn on the input grid"))
-            }
-        };
-        let index = (0..data.len()).map(|i| (data.scan(i).to_owned(), i)).collect();
-        Ok(Opened { data, split, index, description })
+        let cache = Cache::open(&self.cache)?;
+        let split = Split::read_csv(&self.split)?;
+        split.verify(cache.cases())?;
+        let index = cache.cases().iter().enumerate().map(|(i, c)| (c.scan.clone(), i)).collect();
+        Ok(Opened { data: cache, split, index })
     }
-}
-
-/// `count` phantoms a class on the grid `input_dhw`, split into folds.
-fn phantoms(count: usize, input_dhw: [usize; 3]) -> anyhow::Result<(MemoryDataset, Split)> {
-    use rayon::prelude::*;
-    let [d, h, w] = input_dhw;
-    let classes = [PhantomClass::Cp, PhantomClass::Covid, PhantomClass::Healthy];
-    let preprocessing = Preprocessing { crop_fraction: 1.0, ..Preprocessing::default() };
-    let low = preprocessing.window_center_hu - 0.5 * preprocessing.window_width_hu;
-    let wanted: Vec<(usize, usize)> = (0..count).flat_map(|i| (0..classes.len()).map(move |c| (i, c))).collect();
-    let cases: Vec<MemoryCase> = wanted
-        .into_par_iter()
-        .map(|(i, class)| {
-            let seed = (i * classes.len() + class) as u64;
-            let phantom = generate(&PhantomSpec::random(classes[class], seed).with_shape(d, h, w));
-            let volume = (0..d)
-                .flat_map(|z| phantom.slice(z))
-                .map(|&hu| ((f32::from(hu) - low) / preprocessing.window_width_hu).clamp(0.0, 1.0))
-                .map(half::f16::from_f32)
-                .collect();
-            let name = format!("phantom-{seed}");
-            MemoryCase { scan: name.clone(), patient: name, class, volume, mask: None }
-        })
-        .collect();
-    let rows: Vec<Case> = cases
-        .iter()
-        .map(|c| Case {
-            scan: c.scan.clone(),
-            patient: c.patient.clone(),
-            class: c.class,
-            source: "phantom".to_owned(),
-            source_window: SourceWindow::Hu,
-            has_mask: false,
-        })
-        .collect();
-    let split = Split::stratified(&rows, PHANTOM_TEST_SHARE, PHANTOM_FOLDS, 1)?;
-    Ok((MemoryDataset::new(input_dhw, preprocessing, CLASS_KEYS.map(str::to_owned).to_vec(), cases)?, split))
 }
 
 /// `darnet-train fit`.
@@ -408,7 +341,7 @@ fn train(
             );
         }),
     };
-    let summary = run_fit(&*data.data, &train, &validation, options, run, &mut on_event);
+    let summary = run_fit(&data.data, &train, &validation, options, run, &mut on_event);
     bar.finish_and_clear();
     let summary = summary?;
     eprintln!(
@@ -433,7 +366,7 @@ pub fn fit(args: &FitArgs) -> anyhow::Result<()> {
     let options = args.train.options(architecture, at[0]);
     let initial = args.train.initial(&options.architecture)?;
     let stop = stop_flag()?;
-    let mut run = args.train.run(args.out.clone(), &args.id, &data, at, initial.as_ref());
+    let mut run = args.train.run(args.out.clone(), &args.id, at, initial.as_ref());
     run.stop = Some(&stop);
     let summary = train(&data, args.fold, &options, &run, &format!("fold {}", args.fold))?;
     if args.json {
@@ -478,7 +411,7 @@ pub fn ablate(args: &AblateArgs) -> anyhow::Result<()> {
         let options = args.train.options(planned.architecture.clone(), at[0]);
         let initial = args.train.initial(&options.architecture)?;
         let id = format!("{}-fold-{}", planned.variant, planned.fold);
-        let mut run = args.train.run(planned.out.clone(), &id, &data, at.clone(), initial.as_ref());
+        let mut run = args.train.run(planned.out.clone(), &id, at.clone(), initial.as_ref());
         run.stop = Some(&stop);
         train(&data, planned.fold, &options, &run, &what)?;
     }

@@ -214,6 +214,14 @@ impl Engine {
         let Some(&first) = devices.first() else {
             return Err(TrainError::Option { option: "device", expected: "one at least".into(), got: "none".into() });
         };
+        if options.precision != Precision::Fp32 && devices.contains(&Device::Cpu) {
+            // libtorch 2.11 (oneDNN): gradients of bf16 kernels are wrong where rows have three elements.
+            return Err(TrainError::Option {
+                option: "precision",
+                expected: "fp32 on the processor, where libtorch's half-precision gradients cannot be trusted".into(),
+                got: format!("{:?}", options.precision),
+            });
+        }
         let layout = Layout::new(&options.architecture, options.channels_last)?;
         let replicas = devices
             .iter()

@@ -26,9 +26,11 @@ use crate::model::{ModelError, Preprocessing};
 
 pub mod cache;
 pub mod error;
+pub mod import;
 pub(crate) mod layout;
 mod map;
 pub mod metrics;
+pub mod pickle;
 pub mod plot;
 pub mod report;
 pub mod split;
@@ -49,8 +51,6 @@ pub mod commands_fit;
 pub mod evaluate;
 #[cfg(feature = "trainer")]
 pub mod fit;
-#[cfg(feature = "trainer")]
-pub mod import;
 #[cfg(feature = "trainer")]
 pub mod loader;
 #[cfg(feature = "trainer")]
