@@ -15,9 +15,13 @@
 //! Deliberately absent: augmentation (the trainer does it on the device), any download.
 
 pub mod cache;
+pub mod commands_data;
+pub mod contact;
 pub mod error;
 pub(crate) mod layout;
 mod map;
+pub mod prepare;
+pub mod sources;
 pub mod split;
 
 pub use cache::{Cache, Case};
