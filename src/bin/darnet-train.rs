@@ -16,6 +16,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Make a cache of network inputs from scans or phantoms
+    Prepare(Box<train::commands_data::PrepareArgs>),
+    /// Split a cache by patient into a test set and folds
+    Split(train::commands_data::SplitArgs),
     /// Train one fold; a run that was interrupted goes on
     #[cfg(feature = "trainer")]
     Fit(Box<train::commands_fit::FitArgs>),
@@ -65,6 +69,8 @@ fn tables(files: &[PathBuf], out: &std::path::Path) -> anyhow::Result<()> {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Prepare(args) => train::commands_data::prepare(&args),
+        Command::Split(args) => train::commands_data::split(&args),
         #[cfg(feature = "trainer")]
         Command::Fit(args) => train::commands_fit::fit(&args),
         #[cfg(feature = "trainer")]

@@ -14,19 +14,13 @@
 //! diagnosis) is burnt into every picture.
 
 mod cam;
-mod font;
+pub(crate) mod font;
 mod page;
 mod render;
 
 pub use cam::{Cam, CamGeometry, class_activation_map, slice_map, top_slices, write_cam};
 pub use page::{Explanation, SeriesToExplain, explain_series};
 pub use render::{RenderOptions, encode_png, oriented_size, render_slice, write_png};
-
-/// Coordinates `(x, y)` of the dots of `text` in the pictures' font: five dots wide, seven high, six from one character
-/// to the next; capitals, digits, a few signs.
-pub fn text_dots(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
-    font::dots(text)
-}
 
 /// Why an explanation could not be made. Paths and identities are left out on purpose.
 #[derive(Debug, thiserror::Error)]

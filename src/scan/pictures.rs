@@ -75,7 +75,8 @@ pub fn load(
         SliceDirection::FeetToHead => 1.0,
         SliceDirection::HeadToFeet => -1.0,
     };
-    let step = sign * ASSUMED_LENGTH_MM / files.len() as f64;
+    // So few that a chest would need gaps are taken as near as the limits allow: nothing is known of their distance.
+    let step = sign * (ASSUMED_LENGTH_MM / files.len() as f64).min(limits.max_spacing_mm);
     let mut geometry = Vec::with_capacity(files.len());
     let mut hu = Vec::with_capacity(files.len());
     for (k, slice) in decoded.into_iter().enumerate() {

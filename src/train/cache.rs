@@ -171,6 +171,8 @@ pub struct ScanOutcome {
     pub has_mask: bool,
     /// The reading options it was made with; other ones make it anew.
     pub made_with: String,
+    /// Scans of the folder it came from, itself included.
+    pub siblings: usize,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -229,6 +231,14 @@ pub(crate) fn write_atomically(
         let _ = fs::remove_file(&temporary);
         TrainDataError::io(operation, path)(source)
     })
+}
+
+/// The system's error inside an error of the CSV writer, so that a full disk is seen as one.
+pub(crate) fn csv_io(error: csv::Error) -> std::io::Error {
+    match error.into_kind() {
+        csv::ErrorKind::Io(error) => error,
+        other => std::io::Error::other(format!("{other:?}")),
+    }
 }
 
 fn write_json(operation: &'static str, path: &Path, value: &impl Serialize) -> Result<(), TrainDataError> {
@@ -756,6 +766,7 @@ mod tests {
             slices: 9,
             has_mask: case.has_mask,
             made_with: "test/1".to_owned(),
+            siblings: 1,
         }
     }
 

@@ -25,6 +25,8 @@ use crate::model::manifest::SourceWindow;
 use crate::model::{ModelError, Preprocessing};
 
 pub mod cache;
+pub mod commands_data;
+pub mod contact;
 pub mod error;
 pub mod import;
 pub(crate) mod layout;
@@ -32,7 +34,9 @@ mod map;
 pub mod metrics;
 pub mod pickle;
 pub mod plot;
+pub mod prepare;
 pub mod report;
+pub mod sources;
 pub mod split;
 
 pub use cache::{Cache, Case};

@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use super::{TrainError, write_atomic};
-use crate::explain::{encode_png, text_dots};
+use crate::explain::{encode_png, font};
 
 const BACK: [u8; 3] = [255, 255, 255];
 const INK: [u8; 3] = [30, 30, 30];
@@ -59,7 +59,7 @@ impl Picture {
 
     /// Text with its upper left corner at `(x, y)`, dots of `size` pixels.
     pub fn text(&mut self, x: i64, y: i64, size: i64, text: &str, colour: [u8; 3]) {
-        for (dx, dy) in text_dots(text) {
+        for (dx, dy) in font::dots(text) {
             self.fill(x + dx as i64 * size, y + dy as i64 * size, size, size, colour);
         }
     }

@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::model::manifest::CLASS_KEYS;
-use crate::train::cache::{Case, write_atomically};
+use crate::train::cache::{Case, csv_io, write_atomically};
 use crate::train::error::TrainDataError;
 
 /// Most folds.
@@ -107,11 +107,10 @@ impl Split {
     pub fn write_csv(&self, path: &Path) -> Result<(), TrainDataError> {
         write_atomically("write split", path, |out| {
             let mut out = csv::Writer::from_writer(out);
-            let as_io = std::io::Error::other;
-            out.write_record(["scan", "patient", "class", "fold"]).map_err(as_io)?;
+            out.write_record(["scan", "patient", "class", "fold"]).map_err(csv_io)?;
             for row in &self.rows {
                 let fold = row.fold.map_or_else(|| "test".to_owned(), |f| f.to_string());
-                out.write_record([&row.scan, &row.patient, &class_text(row.class), &fold]).map_err(as_io)?;
+                out.write_record([&row.scan, &row.patient, &class_text(row.class), &fold]).map_err(csv_io)?;
             }
             out.flush()
         })
