@@ -272,7 +272,7 @@ fn every_recipe_and_memory_order_learns() {
         run(&data, &options, &run_as).unwrap();
         let rows = untimed(&run_as.out.join("metrics.csv"));
         let loss = |row: &Vec<String>| row[2].parse::<f64>().unwrap();
-        assert!(loss(&rows[8]) < 0.8 * loss(&rows[1]), "{name}: {rows:?}");
+        assert!(loss(&rows[8]) < loss(&rows[1]) - 0.03, "{name}: {rows:?}");
     }
 }
 

@@ -53,8 +53,11 @@ pub struct Document {
     pub summary: Vec<(String, String, f64, f64)>,
 }
 
+/// A figure's name and where it is found.
+type Figure = (&'static str, fn(&Evaluation) -> Option<f64>);
+
 /// Figures of a row, in the order of the tables.
-const FIGURES: [(&str, fn(&Evaluation) -> Option<f64>); 10] = [
+const FIGURES: [Figure; 10] = [
     ("accuracy (three-way)", |e| Some(e.accuracy)),
     ("accuracy (COVID-19 or not)", |e| e.target().map(|b| b.accuracy)),
     ("AUC", |e| e.target().and_then(|b| b.auc).map(|a| a.value)),
@@ -172,7 +175,7 @@ pub fn read_predictions(path: &Path) -> Result<(Vec<String>, Vec<Prediction>), T
 
 /// Mean and deviation of every figure over the rows that have it.
 fn summarise(variant: &Variant) -> Vec<(String, String, f64, f64)> {
-    let figure = |(name, get): &(&str, fn(&Evaluation) -> Option<f64>)| {
+    let figure = |(name, get): &Figure| {
         let values: Vec<f64> = variant.rows.iter().filter_map(|(_, e)| get(e)).collect();
         let (mean, deviation) = mean_deviation(&values);
         (!values.is_empty()).then(|| (variant.name.clone(), (*name).to_owned(), mean, deviation))
