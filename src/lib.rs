@@ -21,7 +21,10 @@ pub mod phantom;
 pub mod pipeline;
 pub mod report;
 pub mod resample;
+pub mod scan;
 pub mod store;
 pub mod telemetry;
+#[cfg(feature = "train-data")]
+pub mod train;
 pub mod volume;
 pub mod web;

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Who may import whom. A module may always import itself; one that is not here fails the test.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("model", &[]),
     ("volume", &[]),
     ("telemetry", &[]),
@@ -17,19 +17,42 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("resample", &["volume", "model"]),
     ("engine", &["model"]),
     ("explain", &["resample", "volume", "model", "engine"]),
+    ("scan", &["dicom", "volume", "resample", "model"]),
     ("store", &["telemetry"]),
     ("report", &["store", "telemetry", "model", "volume::refusal"]),
     ("web", &["store", "report", "telemetry"]),
     ("phantom", &["dicom", "volume"]),
-    ("train", &["dicom", "volume", "resample", "model", "engine", "explain", "report", "phantom", "telemetry"]),
+    (
+        "train",
+        &[
+            "dicom",
+            "volume",
+            "resample",
+            "scan",
+            "model",
+            "engine",
+            "explain",
+            "report::calibration",
+            "phantom",
+            "telemetry",
+        ],
+    ),
     ("pipeline", ANYTHING),
 ];
 /// Files and folders at the top that put everything together.
 const TOP: [&str; 5] = ["main.rs", "lib.rs", "config.rs", "cli", "bin"];
 const ANYTHING: &[&str] = &["*"];
 
-/// Where `unsafe_code` may be allowed: the mapped store, SIMD kernels, GPU and FFI.
-const UNSAFE: [&str; 5] = ["volume/store.rs", "engine/cpu/", "engine/cuda/", "engine/tensorrt/", "resample/cuda.rs"];
+/// Where `unsafe_code` may be allowed: the mapped stores, SIMD kernels, GPU and FFI.
+const UNSAFE: [&str; 7] = [
+    "volume/store.rs",
+    "train/map.rs",
+    "train/torch.rs",
+    "engine/cpu/",
+    "engine/cuda/",
+    "engine/tensorrt/",
+    "resample/cuda.rs",
+];
 
 const MAX_LINE: usize = 140;
 

@@ -53,7 +53,7 @@ enum Command {
     Serve(ServeArgs),
     /// Check a configuration file: ranges, model, folders. Changes nothing; names every fault.
     CheckConfig(CheckConfigArgs),
-    /// Judge files: a DICOM folder, a NIfTI file, a folder of PNG/JPEG/TIFF slices, or a prepared tensor.
+    /// Judge files: a DICOM folder, a NIfTI or MetaImage file, a folder of PNG/JPEG/TIFF slices, or a prepared tensor.
     Infer(InferArgs),
     /// Send DICOM files to a C-STORE server.
     Send(SendArgs),
@@ -124,7 +124,7 @@ pub struct CheckConfigArgs {
 /// Arguments of `darnet infer`.
 #[derive(Args)]
 pub struct InferArgs {
-    /// DICOM folders or files, NIfTI files, folders of image slices.
+    /// DICOM folders or files, NIfTI and MetaImage files, folders of image slices.
     #[arg(value_name = "PATH", required_unless_present = "tensor")]
     pub paths: Vec<PathBuf>,
     /// A safetensors file with `volume`, D x H x W f32 in [0, 1]; preprocessing is skipped.

@@ -1,17 +1,17 @@
 //! A tiny bitmap font for marks in pictures: capital letters, digits, a few signs. Five dots wide, seven high.
 
 /// Dots from one character to the next.
-pub(super) const ADVANCE: usize = 6;
+pub(crate) const ADVANCE: usize = 6;
 /// Dots of a character's height.
-pub(super) const HEIGHT: usize = 7;
+pub(crate) const HEIGHT: usize = 7;
 
 /// Width of `text` in dots.
-pub(super) fn width(text: &str) -> usize {
+pub(crate) fn width(text: &str) -> usize {
     text.chars().count() * ADVANCE
 }
 
 /// Coordinates `(x, y)` of the dots of `text`. Small letters are drawn as capitals, unknown characters as a low dash.
-pub(super) fn dots(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
+pub(crate) fn dots(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
     text.chars().enumerate().flat_map(|(i, c)| {
         glyph(c.to_ascii_uppercase()).into_iter().enumerate().flat_map(move |(y, row)| {
             (0..5).filter(move |x| row & (0b10000 >> x) != 0).map(move |x| (i * ADVANCE + x, y))

@@ -14,7 +14,7 @@
 //! diagnosis) is burnt into every picture.
 
 mod cam;
-mod font;
+pub(crate) mod font;
 mod page;
 mod render;
 

@@ -94,6 +94,32 @@ impl Default for Preprocessing {
     }
 }
 
+/// What the grey values of a model's training data meant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceWindow {
+    /// HU, as at the scanner.
+    #[default]
+    Hu,
+    /// Pictures exported with this window, mapped back to HU.
+    Window {
+        /// Centre, HU.
+        center_hu: f32,
+        /// Width, HU.
+        width_hu: f32,
+    },
+    /// Pictures exported with a window that nobody published, taken as windowed like the input. HU from a scanner may
+    /// look different from anything such a model has seen.
+    Unknown,
+}
+
+impl SourceWindow {
+    /// Whether it is [`SourceWindow::Hu`].
+    pub fn is_hu(&self) -> bool {
+        *self == Self::Hu
+    }
+}
+
 /// The only schema this version reads and writes.
 pub const MANIFEST_SCHEMA: &str = "darnet.model/1";
 
@@ -113,6 +139,9 @@ pub struct Manifest {
     pub id: String,
     /// What it was trained on; "nothing" for the embedded one.
     pub trained_on: String,
+    /// What the grey values of its training data meant.
+    #[serde(default, skip_serializing_if = "SourceWindow::is_hu")]
+    pub source_window: SourceWindow,
     /// One of [`INTENDED_USES`].
     pub intended_use: String,
     /// Keys of the classes in the order of the outputs.
@@ -144,6 +173,7 @@ impl Manifest {
             schema: MANIFEST_SCHEMA.to_owned(),
             id: id.to_owned(),
             trained_on: "nothing".to_owned(),
+            source_window: SourceWindow::Hu,
             intended_use: "demo".to_owned(),
             class_keys,
             class_names,

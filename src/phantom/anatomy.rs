@@ -243,16 +243,31 @@ const BODY_WIDTH: [(f64, f64); 11] = [
 impl Anatomy {
     /// The patient of `seed`.
     pub(super) fn new(seed: u64) -> Self {
+        Self::varied(seed, 1.0, 0.0)
+    }
+
+    /// The patient of `seed` in a population whose body measures deviate `spread` times as far, with `lung_hu` added to
+    /// the parenchyma. A spread of 1 gives the bits of [`Anatomy::new`].
+    pub(super) fn varied(seed: u64, spread: f64, lung_hu_offset: f64) -> Self {
+        let about = |d: &mut Draw, mean: f64, deviation: f64, low: f64, high: f64| {
+            if spread == 1.0 {
+                return d.about(mean, deviation, low, high);
+            }
+            // A length stays one.
+            let floor = if low > 0.0 { 0.6 * low } else { f64::MIN };
+            let (low, high) = ((mean + (low - mean) * spread).max(floor), mean + (high - mean) * spread);
+            d.about(mean, deviation * spread, low, high)
+        };
         let mut d = Draw::new(seed, 1);
         let female = d.chance(0.47);
         let age_years = d.about(54.0, 15.0, 19.0, 89.0) as u32;
-        let size = d.about(if female { 0.95 } else { 1.02 }, 0.05, 0.82, 1.16);
-        let height = size * d.about(252.0, 15.0, 205.0, 300.0);
-        let half_width = size * d.about(136.0, 6.0, 118.0, 154.0);
-        let half_depth = size * d.about(93.0, 6.0, 76.0, 112.0);
-        let fat = d.about(if female { 17.0 } else { 14.0 }, 6.0, 5.0, 36.0);
-        let bulk = d.about(if female { 0.9 } else { 1.08 }, 0.13, 0.7, 1.4);
-        let lung_hu = d.about(-862.0, 16.0, -900.0, -815.0);
+        let size = about(&mut d, if female { 0.95 } else { 1.02 }, 0.05, 0.82, 1.16);
+        let height = size * about(&mut d, 252.0, 15.0, 205.0, 300.0);
+        let half_width = size * about(&mut d, 136.0, 6.0, 118.0, 154.0);
+        let half_depth = size * about(&mut d, 93.0, 6.0, 76.0, 112.0);
+        let fat = about(&mut d, if female { 17.0 } else { 14.0 }, 6.0, 5.0, 36.0);
+        let bulk = about(&mut d, if female { 0.9 } else { 1.08 }, 0.13, 0.7, 1.4);
+        let lung_hu = about(&mut d, -862.0, 16.0, -900.0, -815.0) + lung_hu_offset;
         let bone_hu = (310.0 - 2.2 * f64::from(age_years) + 35.0 * d.bell()).clamp(70.0, 330.0);
         let pose = Pose::new(
             [0.025 * d.bell(), 0.02 * d.bell(), 0.04 * d.bell()],
@@ -261,7 +276,7 @@ impl Anatomy {
         let carina = d.about(0.645, 0.015, 0.61, 0.68);
         let right_dome = d.about(0.315, 0.03, 0.24, 0.39);
         let left_dome = right_dome - d.range(0.02, 0.07);
-        let heart_scale = size * d.about(1.0, 0.08, 0.85, 1.25);
+        let heart_scale = size * about(&mut d, 1.0, 0.08, 0.85, 1.25);
         let turn = d.range(-0.15, 0.15);
         let scoliosis = 5.0 * d.bell();
         let warp_seed = d.bits();

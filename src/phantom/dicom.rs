@@ -167,7 +167,7 @@ impl<'a> DicomSeries<'a> {
     pub fn new(phantom: &'a Phantom, options: &'a DicomOptions) -> Result<Self, PhantomError> {
         let acquisition = options.checked_acquisition()?;
         let spec = &phantom.spec;
-        let scene = (acquisition != phantom.acquisition).then(|| scene_of(spec, &acquisition));
+        let scene = (acquisition != phantom.acquisition).then(|| scene_of(spec, &acquisition, &phantom.variation));
         let study = [spec.seed, spec.class as u64, spec.stage as u64, spec.severity.to_bits()];
         let with = |purpose: u64| [&study[..], &[purpose]].concat();
         let mut keys = with(3);

@@ -3,7 +3,7 @@
 use super::anatomy::{Anatomy, Ellipsoid, Lobe};
 use super::math::{Draw, V3, add, scale, smoothstep};
 use super::tree::Branch;
-use super::{PhantomClass, PhantomSpec, Stage};
+use super::{PhantomClass, PhantomSpec, Stage, Variation};
 
 /// Free fluid in one pleural space: the lung is pushed up and to the front by a thickness that falls with height.
 #[derive(Clone, Copy, Debug)]
@@ -171,6 +171,120 @@ impl Lesions {
             self.effusions.push(Effusion { side, thickness, top_t: d.range(0.45, 0.85), gravity });
             if d.chance(0.25) {
                 self.effusions.push(Effusion { side: -side, thickness: thickness * 0.5, top_t: 0.45, gravity });
+            }
+        }
+    }
+
+    /// Whether there is anything.
+    pub(super) fn any(&self) -> bool {
+        !(self.ground_glass.is_empty()
+            && self.consolidation.is_empty()
+            && self.lobar.is_empty()
+            && self.effusions.is_empty())
+    }
+
+    /// Makes the textbook pattern less so. Its draws are its own: a variation that departs in nothing changes nothing.
+    pub(super) fn vary(&mut self, spec: &PhantomSpec, an: &Anatomy, points: &[V3], prone: bool, v: &Variation) {
+        let mut d = Draw::new(spec.seed, 41);
+        let gravity = if prone { -1.0 } else { 1.0 };
+        if v.atypical {
+            match spec.class {
+                PhantomClass::Covid => self.like_pneumonia(&mut d, an, points, gravity),
+                PhantomClass::Cp => {
+                    // Ground-glass alone, spread out.
+                    self.lobar.clear();
+                    self.effusions.clear();
+                    for _ in 0..3 + d.below(4) {
+                        let Some(c) = pick(&mut d, points, |_| true, |p| smoothstep(40.0, 8.0, -an.cage(p))) else {
+                            continue;
+                        };
+                        let r = d.range(12.0, 28.0);
+                        self.ground_glass.push(Ellipsoid::along(c, d.direction(), [r, r * d.range(0.7, 1.0), r]));
+                    }
+                }
+                PhantomClass::Healthy => {}
+            }
+        }
+        if v.one_sided {
+            let side = if d.chance(0.5) { 1.0 } else { -1.0 };
+            let on = |e: &Ellipsoid| e.centre[0] * side > 0.0;
+            if self.ground_glass.iter().any(on) {
+                self.ground_glass.retain(on);
+                self.consolidation.retain(on);
+                self.lobar.retain(|(_, e)| on(e));
+            }
+        }
+        if v.lesion_share < 1.0 {
+            let kept = |n: usize| ((v.lesion_share * n as f64) as usize).max(n.min(1));
+            self.ground_glass.truncate(kept(self.ground_glass.len()));
+            self.consolidation.truncate(kept(self.consolidation.len()));
+            self.lobar.truncate(kept(self.lobar.len()));
+        }
+        if v.lesion_size != 1.0 {
+            let all = self.ground_glass.iter_mut().chain(&mut self.consolidation);
+            for e in all.chain(self.lobar.iter_mut().map(|(_, e)| e)) {
+                e.radii = e.radii.map(|r| r * v.lesion_size);
+            }
+            for e in &mut self.effusions {
+                e.thickness *= v.lesion_size;
+            }
+        }
+        if v.lesion_density != 1.0 {
+            self.ground_glass_hu *= v.lesion_density as f32;
+            self.septa_hu *= v.lesion_density as f32;
+        }
+        self.ragged = (self.ragged + v.ragged as f32).max(0.0);
+        if v.findings > 0 {
+            if spec.class == PhantomClass::Healthy {
+                self.ground_glass_hu = d.range(90.0, 220.0) as f32;
+            }
+            for _ in 0..v.findings {
+                self.finding(&mut d, an, points, gravity);
+            }
+        }
+    }
+
+    /// What common pneumonia has and COVID-19 seldom.
+    fn like_pneumonia(&mut self, d: &mut Draw, an: &Anatomy, points: &[V3], gravity: f64) {
+        if d.chance(0.5) {
+            let side = if d.chance(0.5) { 1.0 } else { -1.0 };
+            self.effusions.push(Effusion { side, thickness: d.range(10.0, 28.0), top_t: d.range(0.4, 0.7), gravity });
+        }
+        if d.chance(0.6) {
+            let lobe = Lobe::ALL[d.below(Lobe::ALL.len())];
+            let inside = |p: V3| an.inside_lobe(lobe, p) > 8.0;
+            if let Some(c) = pick(d, points, inside, |p| smoothstep(60.0, 5.0, -an.cage(p)) + 0.1) {
+                let r = d.range(22.0, 45.0);
+                self.lobar.push((lobe, Ellipsoid::along(c, d.direction(), [r, r * d.range(0.7, 1.0), r])));
+            }
+        }
+    }
+
+    /// Dependent density, a band or a nodule.
+    fn finding(&mut self, d: &mut Draw, an: &Anatomy, points: &[V3], gravity: f64) {
+        let dependent = |p: V3| {
+            let forward = (p[1] - an.front_y(p[2])) / (an.back_y(p[2]) - an.front_y(p[2]));
+            let low = if gravity > 0.0 { forward } else { 1.0 - forward };
+            smoothstep(0.7, 0.95, low) * smoothstep(0.8, 0.1, an.t(p[2])) * smoothstep(25.0, 6.0, -an.cage(p))
+        };
+        match d.below(3) {
+            0 => {
+                if let Some(c) = pick(d, points, |_| true, dependent) {
+                    let radii = [d.range(5.0, 10.0), d.range(22.0, 45.0), d.range(18.0, 40.0)];
+                    self.ground_glass.push(Ellipsoid::along(c, an.cage_normal(c), radii));
+                }
+            }
+            1 => {
+                if let Some(c) = pick(d, points, |_| true, |p| smoothstep(60.0, 10.0, -an.cage(p))) {
+                    let radii = [d.range(2.5, 4.0), d.range(12.0, 30.0), d.range(4.0, 8.0)];
+                    self.consolidation.push(Ellipsoid::along(c, d.direction(), radii));
+                }
+            }
+            _ => {
+                if let Some(c) = pick(d, points, |_| true, |_| 0.5) {
+                    let r = d.range(4.0, 8.0);
+                    self.consolidation.push(Ellipsoid::along(c, d.direction(), [r, r, r]));
+                }
             }
         }
     }

@@ -25,6 +25,7 @@ mod files;
 mod lesions;
 mod math;
 mod noise;
+mod population;
 mod raster;
 mod scene;
 mod skeleton;
@@ -36,6 +37,9 @@ pub use files::{
     write_nifti, write_nifti_mask, write_png, write_png_mask,
 };
 
+pub use population::{Ranges, Subject, Variation};
+
+use crate::volume::geometry::SliceGeometry;
 use math::Draw;
 use rayon::prelude::*;
 use scene::Scene;
@@ -341,6 +345,8 @@ pub struct Phantom {
     pub spec: PhantomSpec,
     /// How it was acquired.
     pub acquisition: Acquisition,
+    /// What is unusual.
+    pub variation: Variation,
     /// CT numbers.
     pub hu: Vec<i16>,
     /// 0 none, 1 ground-glass, 2 consolidation, 3 effusion.
@@ -368,6 +374,22 @@ impl Phantom {
         &self.lung[index * n..(index + 1) * n]
     }
 
+    /// Geometry of every slice, feet first.
+    pub fn geometry(&self) -> Vec<SliceGeometry> {
+        let frame = scene::Frame::new(&self.spec, &self.acquisition);
+        let pitch = self.spec.pixel_spacing_mm;
+        (0..self.spec.slices)
+            .map(|index| SliceGeometry {
+                rows: self.spec.rows as u32,
+                columns: self.spec.columns as u32,
+                pixel_spacing_mm: [pitch, pitch],
+                position_mm: math::add(frame.origin, math::scale(frame.step, index as f64)),
+                row_cosines: [1.0, 0.0, 0.0],
+                column_cosines: frame.down,
+            })
+            .collect()
+    }
+
     /// Patient position (LPS, millimetres) of the centre of pixel (0, 0) of slice `index`.
     pub fn position_mm(&self, index: usize) -> [f64; 3] {
         let frame = scene::Frame::new(&self.spec, &self.acquisition);
@@ -388,11 +410,17 @@ pub fn generate(spec: &PhantomSpec) -> Phantom {
 /// # Panics
 /// As [`generate`], and if the tilt is beyond [`MAX_TILT_DEG`].
 pub fn generate_acquired(spec: &PhantomSpec, acquisition: &Acquisition) -> Phantom {
-    let scene = scene_of(spec, acquisition);
+    generate_varied(spec, acquisition, &Variation::default())
+}
+
+/// As [`generate_acquired`], with an unusual patient. CT numbers are left as they are: see [`Subject::generate`].
+fn generate_varied(spec: &PhantomSpec, acquisition: &Acquisition, variation: &Variation) -> Phantom {
+    let scene = scene_of(spec, acquisition, variation);
     let n = spec.slice_len();
     let mut phantom = Phantom {
         spec: spec.clone(),
         acquisition: *acquisition,
+        variation: *variation,
         hu: vec![0; spec.voxels()],
         lesion: vec![0; spec.voxels()],
         lung: vec![0; spec.voxels()],
@@ -410,7 +438,7 @@ pub fn generate_acquired(spec: &PhantomSpec, acquisition: &Acquisition) -> Phant
     phantom
 }
 
-fn scene_of(spec: &PhantomSpec, acquisition: &Acquisition) -> Scene {
+fn scene_of(spec: &PhantomSpec, acquisition: &Acquisition, variation: &Variation) -> Scene {
     check_shape(spec.slices, spec.rows, spec.columns);
     let positive = |v: f64| v.is_finite() && v > 0.0;
     assert!(
@@ -418,7 +446,7 @@ fn scene_of(spec: &PhantomSpec, acquisition: &Acquisition) -> Scene {
         "phantom spacings must be positive"
     );
     assert!(acquisition.tilt_deg.abs() <= MAX_TILT_DEG, "phantom tilt must be within {MAX_TILT_DEG} degrees");
-    Scene::new(spec, acquisition)
+    Scene::new(spec, acquisition, variation)
 }
 
 /// What is known of the synthetic person, for headers.

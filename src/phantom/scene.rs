@@ -12,7 +12,7 @@ use super::noise::{SeptaTile, SliceNoise, Tile3};
 use super::raster::{Buffers, Capsule, Kind, Plane, draw};
 use super::skeleton::{self, SPINE_REACH, SpinePart};
 use super::tree::{self, Branch};
-use super::{Acquisition, Kernel, PhantomClass, PhantomSpec};
+use super::{Acquisition, Kernel, PhantomClass, PhantomSpec, Variation};
 use rayon::prelude::*;
 
 /// Pitch of the coarse grid.
@@ -106,6 +106,8 @@ pub(super) struct Scene {
     grid: Grid,
     capsules: Vec<Capsule>,
     lesions: Lesions,
+    /// Whether there is anything of `lesions` to draw.
+    sick: bool,
     texture: Tile3,
     septa: Option<SeptaTile>,
     noise: SliceNoise,
@@ -128,11 +130,13 @@ pub(super) struct Scratch {
 }
 
 impl Scene {
-    pub(super) fn new(spec: &PhantomSpec, acquisition: &Acquisition) -> Self {
-        let anatomy = Anatomy::new(spec.seed);
+    pub(super) fn new(spec: &PhantomSpec, acquisition: &Acquisition, variation: &Variation) -> Self {
+        let anatomy = Anatomy::varied(spec.seed, variation.anatomy_spread, variation.lung_hu);
         let frame = Frame::new(spec, acquisition);
         let Trees { capsules, points, airways } = plant(spec.seed, &anatomy);
-        let lesions = Lesions::new(spec, &anatomy, &points, &airways, acquisition.prone);
+        let mut lesions = Lesions::new(spec, &anatomy, &points, &airways, acquisition.prone);
+        lesions.vary(spec, &anatomy, &points, acquisition.prone, variation);
+        let sick = spec.class != PhantomClass::Healthy || lesions.any();
 
         // The box round all pixels.
         let corner = |c: f64, r: f64, k: f64| {
@@ -152,10 +156,9 @@ impl Scene {
         }
         low[2] -= spec.thickness_mm;
         high[2] += spec.thickness_mm;
-        let plain = spec.class == PhantomClass::Healthy;
         let grid = Grid::new(low, high, |p| {
             anatomy.fields(anatomy.pose.undo(p), &|q, lung| {
-                if plain { [50.0, -1.0, -1.0] } else { lesions.at(&anatomy, q, lung) }
+                if sick { lesions.at(&anatomy, q, lung) } else { [50.0, -1.0, -1.0] }
             })
         });
         let columns = (0..spec.columns)
@@ -187,6 +190,7 @@ impl Scene {
             grid,
             capsules,
             lesions,
+            sick,
             texture,
             septa,
             noise: SliceNoise::new(noise_seed, spec.pixel_spacing_mm, low_mm, high_mm),
@@ -295,7 +299,7 @@ impl Scene {
         let lung_base = self.anatomy.lung_hu as f32 + 0.30 * gravity * y;
         let trabecular = self.anatomy.bone_hu as f32;
         let table_near = self.table_near(y);
-        let sick = self.spec.class != PhantomClass::Healthy;
+        let sick = self.sick;
         let bone = &s.buffers.bone[at..at + n];
         let cartilage = &s.buffers.cartilage[at..at + n];
         let vessel = &s.buffers.vessel[at..at + n];

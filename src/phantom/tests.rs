@@ -16,7 +16,7 @@ fn dump_pictures() {
         let spec = PhantomSpec::random(class, seed);
         let spec = spec.with_shape(160, side, side);
         let start = std::time::Instant::now();
-        let scene = scene_of(&spec, &Acquisition::default());
+        let scene = scene_of(&spec, &Acquisition::default(), &Variation::default());
         let prepared = start.elapsed();
         drop(scene);
         let p = generate(&spec);

@@ -32,9 +32,9 @@ use crate::pipeline::jobs::{
     PublishJob, Published, SliceHandle, Timing, ToInfer,
 };
 use crate::pipeline::planes::SharedPlane;
-use crate::pipeline::series::{MAX_GRIDS, Selection, SliceFacts, facts, select};
 use crate::resample::lung::SliceLung;
 use crate::resample::plan::InPlanePlan;
+use crate::scan::select::{MAX_GRIDS, Selection, SliceFacts, facts, select};
 use crate::telemetry::events::Stage;
 use crate::telemetry::{StudyHash, events, incidents};
 use crate::volume::completion::{Cause, Completion, CompletionRules, LULL_MS, Progress};

@@ -14,7 +14,6 @@ pub mod offline;
 pub mod pages;
 pub mod planes;
 pub mod publish;
-pub mod series;
 pub mod workers;
 
 use std::net::SocketAddr;

@@ -21,7 +21,7 @@ use crate::pipeline::jobs::{
     Judged, ToInfer,
 };
 use crate::pipeline::planes::{PlanePool, SharedPlane};
-use crate::resample::cpu::{Window, gather_plane, in_plane};
+use crate::resample::cpu::{SlicesToGather, Window, gather_plane, gather_slices, in_plane};
 use crate::resample::lung::{self, LungCheck, SliceLung};
 use crate::resample::plan::{DepthPlan, InPlanePlan};
 use crate::telemetry::events::{self, Stage};
@@ -287,53 +287,13 @@ impl Judge {
         self.session.advance(&self.input, &ready, cancel)
     }
 
-    /// Fills the input. Every plane sums its slices in depth order, so it is the same to the bit whether the slices
-    /// were resampled on arrival or are resampled here.
+    /// Fills the input.
     fn gather(&mut self, volume: &VolumeToJudge<'_>, plan: &InPlanePlan, depth: &DepthPlan) {
         self.gathered = None;
         let window = self.window();
-        let [d, h, w] = self.input_dhw;
-        let shear = volume.stack.shear_px.as_deref();
-        let ready = shear.is_none() && volume.planes.iter().all(Option::is_some);
-        if ready {
-            let planes: Vec<&[f32]> = volume.planes.iter().flatten().copied().collect();
-            for (plane, out) in self.input.chunks_exact_mut(h * w).enumerate() {
-                gather_plane(depth, plane, &planes, out);
-            }
-            return;
-        }
-        self.scratch.resize(plan.scratch_len().max(self.scratch.len()), 0.0);
-        // Only the slices of one plane are held at a time.
-        let mut held: Vec<(u32, Vec<f32>)> = Vec::new();
-        for plane in 0..d {
-            let (wanted, _) = depth.plane_weights(plane);
-            let mut kept: Vec<(u32, Vec<f32>)> = Vec::with_capacity(wanted.len());
-            let mut spare: Vec<Vec<f32>> = Vec::new();
-            for (index, values) in held.drain(..) {
-                if wanted.contains(&index) { kept.push((index, values)) } else { spare.push(values) }
-            }
-            for &index in wanted {
-                if kept.iter().any(|(i, _)| *i == index) {
-                    continue;
-                }
-                let mut values = spare.pop().unwrap_or_else(|| vec![0.0; h * w]);
-                let at = index as usize;
-                match (shear, volume.planes[at]) {
-                    (None, Some(made)) => values.copy_from_slice(made),
-                    (None, None) => in_plane(plan, &window, volume.hu[at], &mut self.scratch, &mut values),
-                    (Some(shear), _) => {
-                        in_plane(&plan.shifted(shear[at]), &window, volume.hu[at], &mut self.scratch, &mut values);
-                    }
-                }
-                kept.push((index, values));
-            }
-            let mut planes: Vec<&[f32]> = vec![&[]; volume.hu.len()];
-            for (index, values) in &kept {
-                planes[*index as usize] = values;
-            }
-            gather_plane(depth, plane, &planes, &mut self.input[plane * h * w..(plane + 1) * h * w]);
-            held = kept;
-        }
+        let shear_px = volume.stack.shear_px.as_deref();
+        let slices = SlicesToGather { hu: volume.hu, planes: volume.planes, shear_px };
+        gather_slices(&slices, plan, depth, &window, &mut self.scratch, &mut self.input);
     }
 
     /// Runs the network on `input` as it is: D x H x W in [0, 1].

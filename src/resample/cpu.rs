@@ -222,6 +222,75 @@ pub fn gather_plane(plan: &DepthPlan, plane: usize, planes: &[&[f32]], out: &mut
     }
 }
 
+/// The slices of a stack, for [`gather_slices`].
+#[derive(Clone, Copy, Debug)]
+pub struct SlicesToGather<'a> {
+    /// HU of each slice as stored, feet first.
+    pub hu: &'a [&'a [i16]],
+    /// In-plane results made earlier, where there are any; one entry a slice. They are without shear.
+    pub planes: &'a [Option<&'a [f32]>],
+    /// In-plane offset of each slice that shears gantry tilt out.
+    pub shear_px: Option<&'a [[f64; 2]]>,
+}
+
+/// Gathers all planes along depth, resampling in-plane the slices that are not yet. Every plane sums its slices in depth
+/// order, so it is the same to the bit whether they were resampled on arrival or are resampled here.
+///
+/// `out` becomes `d * h * w`; `scratch` grows as needed. Only the slices of one plane are held at a time.
+///
+/// # Panics
+/// When a length does not fit the plans.
+pub fn gather_slices(
+    volume: &SlicesToGather<'_>,
+    plan: &InPlanePlan,
+    depth: &DepthPlan,
+    window: &Window,
+    scratch: &mut Vec<f32>,
+    out: &mut [f32],
+) {
+    let [h, w] = plan.out_hw();
+    let area = h * w;
+    assert_eq!(out.len(), depth.planes() * area, "output length");
+    assert_eq!(volume.planes.len(), volume.hu.len(), "one entry a slice");
+    let shear = volume.shear_px;
+    if shear.is_none() && volume.planes.iter().all(Option::is_some) {
+        let planes: Vec<&[f32]> = volume.planes.iter().flatten().copied().collect();
+        for (plane, out) in out.chunks_exact_mut(area).enumerate() {
+            gather_plane(depth, plane, &planes, out);
+        }
+        return;
+    }
+    scratch.resize(plan.scratch_len().max(scratch.len()), 0.0);
+    let mut held: Vec<(u32, Vec<f32>)> = Vec::new();
+    for (plane, out) in out.chunks_exact_mut(area).enumerate() {
+        let (wanted, _) = depth.plane_weights(plane);
+        let mut kept: Vec<(u32, Vec<f32>)> = Vec::with_capacity(wanted.len());
+        let mut spare: Vec<Vec<f32>> = Vec::new();
+        for (index, values) in held.drain(..) {
+            if wanted.contains(&index) { kept.push((index, values)) } else { spare.push(values) }
+        }
+        for &index in wanted {
+            if kept.iter().any(|(i, _)| *i == index) {
+                continue;
+            }
+            let mut values = spare.pop().unwrap_or_else(|| vec![0.0; area]);
+            let at = index as usize;
+            match (shear, volume.planes[at]) {
+                (None, Some(made)) => values.copy_from_slice(made),
+                (None, None) => in_plane(plan, window, volume.hu[at], scratch, &mut values),
+                (Some(shear), _) => in_plane(&plan.shifted(shear[at]), window, volume.hu[at], scratch, &mut values),
+            }
+            kept.push((index, values));
+        }
+        let mut planes: Vec<&[f32]> = vec![&[]; volume.hu.len()];
+        for (index, values) in &kept {
+            planes[*index as usize] = values;
+        }
+        gather_plane(depth, plane, &planes, out);
+        held = kept;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

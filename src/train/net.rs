@@ -1,0 +1,533 @@
+//! The network in libtorch, for training.
+//!
+//! Input: an [`Architecture`] and a batch `N x 1 x D x H x W`. Output: logits `N x classes`. Names, shapes and the order
+//! of the attentions are those of `model`, so weights pass between the two as they are.
+//!
+//! All parameters lie in one flat f32 tensor, matrices first, then what stays f32 in mixed precision (batch
+//! normalisation and the head); each parameter is a view of it. The optimiser therefore is a handful of operations on
+//! one tensor, casting to half precision is one, and a copy to another GPU is one. Convolution kernels lie in the memory
+//! order that the convolutions want.
+//!
+//! Deliberately absent: inference at the scanner (see `engine`), and libtorch's own modules and autocast, which hide
+//! memory order and casts.
+
+use std::collections::HashMap;
+
+use tch::{Device, Kind, TchError, Tensor, no_grad};
+
+use super::TrainError;
+use crate::model::architecture::{BLOCKS, BN_EPSILON, STAGES, TensorRole};
+use crate::model::synthetic::Stream;
+use crate::model::{self, Architecture, AttentionOrder, Weights};
+
+/// Momentum of the running statistics, PyTorch's default.
+pub const BN_MOMENTUM: f64 = 0.1;
+
+/// Number format of convolutions and attention in training.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits throughout.
+    #[default]
+    Fp32,
+    /// bfloat16 convolutions and attention; f32 parameters, statistics and loss.
+    Bf16,
+    /// float16 likewise, with a scaled loss.
+    Fp16,
+}
+
+impl Precision {
+    /// The kind of tensors that convolutions see.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Fp32 => Kind::Float,
+            Self::Bf16 => Kind::BFloat16,
+            Self::Fp16 => Kind::Half,
+        }
+    }
+}
+
+/// Where a tensor lies in its flat one.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    /// Its name in a weights file.
+    pub name: String,
+    /// Its shape there.
+    pub shape: Vec<i64>,
+    /// First element.
+    pub offset: i64,
+    /// Elements.
+    pub len: i64,
+    /// What it is for.
+    pub role: TensorRole,
+    /// Whether it lies with its channels last: O, D, H, W, I.
+    channels_last: bool,
+}
+
+impl Slot {
+    /// The view of this slot in `flat`, in the shape of the weights file.
+    fn view(&self, flat: &Tensor) -> Result<Tensor, TchError> {
+        let part = flat.f_narrow(0, self.offset, self.len)?;
+        match (self.channels_last, self.shape.as_slice()) {
+            (true, &[o, i, d, h, w]) => part.f_view([o, d, h, w, i])?.f_permute([0, 4, 1, 2, 3]),
+            _ => part.f_view(self.shape.as_slice()),
+        }
+    }
+
+    /// `t`, in the shape of the weights file, as it lies in the flat tensor.
+    fn flatten(&self, t: &Tensor) -> Result<Tensor, TchError> {
+        if self.channels_last { t.f_permute([0, 2, 3, 4, 1])?.f_reshape(-1) } else { t.f_reshape(-1) }
+    }
+}
+
+/// Where everything lies.
+#[derive(Debug)]
+pub struct Layout {
+    /// The network.
+    pub architecture: Architecture,
+    /// Parameters: those that may be cast first.
+    pub slots: Vec<Slot>,
+    /// Running statistics.
+    pub buffers: Vec<Slot>,
+    index: HashMap<String, usize>,
+    buffer_index: HashMap<String, usize>,
+    /// Elements of the parameters that may be cast.
+    cast_len: i64,
+    /// Of `slots`, how many may be cast.
+    cast_slots: usize,
+    channels_last: bool,
+}
+
+impl Layout {
+    /// The layout of `architecture`, kernels with channels last or not.
+    ///
+    /// # Errors
+    /// An architecture out of range.
+    pub fn new(architecture: &Architecture, channels_last: bool) -> Result<Self, TrainError> {
+        architecture.validate()?;
+        let (mut cast, mut kept, mut buffers) = (Vec::new(), Vec::new(), Vec::new());
+        for spec in architecture.tensors() {
+            let shape: Vec<i64> = spec.shape.iter().map(|&n| n as i64).collect();
+            // With one input channel both orders are the same memory.
+            let last = channels_last && shape.len() == 5 && shape[1] > 1;
+            let len = spec.len() as i64;
+            let slot = Slot { name: spec.name, shape, offset: 0, len, role: spec.role, channels_last: last };
+            match spec.role {
+                TensorRole::BnMean | TensorRole::BnVar => buffers.push(slot),
+                TensorRole::Kernel { .. } | TensorRole::Bias if !slot.name.starts_with("fc.") => cast.push(slot),
+                _ => kept.push(slot),
+            }
+        }
+        let place = |slots: &mut [Slot]| {
+            slots.iter_mut().fold(0, |at, slot| {
+                slot.offset = at;
+                at + slot.len
+            })
+        };
+        let cast_len = place(&mut cast);
+        let cast_slots = cast.len();
+        let mut slots = cast;
+        slots.append(&mut kept);
+        place(&mut slots);
+        place(&mut buffers);
+        let index = |slots: &[Slot]| slots.iter().enumerate().map(|(i, s)| (s.name.clone(), i)).collect();
+        Ok(Self {
+            architecture: architecture.clone(),
+            index: index(&slots),
+            buffer_index: index(&buffers),
+            slots,
+            buffers,
+            cast_len,
+            cast_slots,
+            channels_last,
+        })
+    }
+
+    /// Elements of all parameters.
+    pub fn len(&self) -> i64 {
+        self.slots.iter().map(|s| s.len).sum()
+    }
+
+    /// Whether there are none; never.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Elements of all running statistics.
+    pub fn buffer_len(&self) -> i64 {
+        self.buffers.iter().map(|s| s.len).sum()
+    }
+
+    /// `values` by slot name, in one flat tensor on the processor.
+    fn pack(slots: &[Slot], values: impl Fn(&Slot) -> Vec<f32>) -> Result<Tensor, TchError> {
+        let parts = slots
+            .iter()
+            .map(|slot| slot.flatten(&Tensor::f_from_slice(&values(slot))?.f_view(slot.shape.as_slice())?))
+            .collect::<Result<Vec<_>, TchError>>()?;
+        Tensor::f_cat(&parts, 0)
+    }
+
+    /// The values of each slot of `flat`, row-major in the shape of the weights file.
+    fn unpack(slots: &[Slot], flat: &Tensor) -> Result<Vec<Vec<f32>>, TchError> {
+        let flat = flat.f_to_device(Device::Cpu)?;
+        slots.iter().map(|slot| Vec::<f32>::try_from(&slot.view(&flat)?.f_contiguous()?.f_view(-1)?)).collect()
+    }
+
+    /// A flat parameter tensor from values by name.
+    pub(super) fn pack_parameters(&self, values: impl Fn(&str) -> Vec<f32>) -> Result<Tensor, TrainError> {
+        Ok(Self::pack(&self.slots, |slot| values(&slot.name))?)
+    }
+
+    /// A flat tensor of running statistics from values by name.
+    pub(super) fn pack_buffers(&self, values: impl Fn(&str) -> Vec<f32>) -> Result<Tensor, TrainError> {
+        Ok(Self::pack(&self.buffers, |slot| values(&slot.name))?)
+    }
+
+    /// The parameters in `flat`, in the order of [`Layout::slots`].
+    pub(super) fn unpack_parameters(&self, flat: &Tensor) -> Result<Vec<Vec<f32>>, TrainError> {
+        Ok(Self::unpack(&self.slots, flat)?)
+    }
+
+    /// The running statistics in `flat`, in the order of [`Layout::buffers`].
+    pub(super) fn unpack_buffers(&self, flat: &Tensor) -> Result<Vec<Vec<f32>>, TrainError> {
+        Ok(Self::unpack(&self.buffers, flat)?)
+    }
+
+    /// `x`, N x C x D x H x W, in the memory order of this layout.
+    pub(super) fn arrange(&self, x: &Tensor) -> Result<Tensor, TchError> {
+        if self.channels_last {
+            x.f_permute([0, 2, 3, 4, 1])?.f_contiguous()?.f_permute([0, 4, 1, 2, 3])
+        } else {
+            x.f_contiguous()
+        }
+    }
+}
+
+/// Initial weights: Kaiming normal over the outputs for convolutions, N(0, 0.01) for linear layers, zero biases, unit
+/// batch normalisation. Each tensor has its own stream of `seed`, so that a shared part of two variants starts equal.
+pub fn initial_weights(architecture: &Architecture, seed: u64) -> Weights {
+    Weights::from_tensors(architecture.tensors().into_iter().map(|spec| {
+        let n = spec.len();
+        let data = match spec.role {
+            TensorRole::Kernel { .. } => {
+                let kernel: usize = spec.shape.iter().skip(2).product();
+                let fan_out = spec.shape[0] * kernel;
+                let deviation = if spec.shape.len() == 5 { (2.0 / fan_out as f64).sqrt() } else { 0.01 };
+                normal(&Stream::new(seed, &spec.name), n, deviation)
+            }
+            TensorRole::BnWeight | TensorRole::BnVar => vec![1.0; n],
+            TensorRole::Bias | TensorRole::BnBias | TensorRole::BnMean => vec![0.0; n],
+        };
+        (spec.name, model::Tensor { shape: spec.shape, data })
+    }))
+}
+
+/// `n` values of N(0, `deviation`), Box and Muller's method.
+fn normal(stream: &Stream, n: usize, deviation: f64) -> Vec<f32> {
+    (0..n as u64)
+        .map(|i| {
+            // 1 - u is in (0, 1], so that the logarithm is finite.
+            let radius = (-2.0 * (1.0 - stream.uniform(2 * i)).ln()).sqrt();
+            (deviation * radius * (std::f64::consts::TAU * stream.uniform(2 * i + 1)).cos()) as f32
+        })
+        .collect()
+}
+
+/// The network on one device.
+pub struct Replica {
+    /// Where it is.
+    pub device: Device,
+    /// All parameters.
+    pub flat: Tensor,
+    /// All running statistics.
+    pub buffers: Tensor,
+    /// Views of `flat` that gradients are wanted for, in the order of the layout's slots.
+    leaves: Vec<Tensor>,
+    buffer_views: Vec<Tensor>,
+}
+
+impl Replica {
+    /// A replica with the values of `flat` and `buffers`, which are copied to `device`.
+    ///
+    /// # Errors
+    /// What libtorch refuses, no room on the device above all.
+    pub fn new(layout: &Layout, device: Device, flat: &Tensor, buffers: &Tensor) -> Result<Self, TrainError> {
+        let copy = |t: &Tensor| t.f_to_device(device)?.f_to_kind(Kind::Float)?.f_detach_copy();
+        let flat = copy(flat)?;
+        let buffers = copy(buffers)?;
+        let leaves = leaves(&layout.slots, &flat)?;
+        let buffer_views = layout.buffers.iter().map(|slot| slot.view(&buffers)).collect::<Result<_, _>>()?;
+        Ok(Self { device, flat, buffers, leaves, buffer_views })
+    }
+
+    /// A replica of `weights`.
+    ///
+    /// # Errors
+    /// As [`Replica::new`].
+    pub fn of_weights(layout: &Layout, device: Device, weights: &Weights) -> Result<Self, TrainError> {
+        let flat = layout.pack_parameters(|name| weights.get(name).to_vec())?;
+        let buffers = layout.pack_buffers(|name| weights.get(name).to_vec())?;
+        Self::new(layout, device, &flat, &buffers)
+    }
+
+    /// The weights as they are now.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn weights(&self, layout: &Layout) -> Result<Weights, TrainError> {
+        let parameters = layout.unpack_parameters(&self.flat)?;
+        let buffers = layout.unpack_buffers(&self.buffers)?;
+        let slots = layout.slots.iter().zip(parameters).chain(layout.buffers.iter().zip(buffers));
+        Ok(Weights::from_tensors(slots.map(|(slot, data)| {
+            let shape = slot.shape.iter().map(|&n| n as usize).collect();
+            (slot.name.clone(), model::Tensor { shape, data })
+        })))
+    }
+
+    /// Views to differentiate by: the parameters themselves, or those that may be cast in `precision`, cast anew.
+    ///
+    /// # Errors
+    /// No room on the device.
+    pub fn leaves(&self, layout: &Layout, precision: Precision) -> Result<Vec<Tensor>, TrainError> {
+        let shallow = |leaves: &[Tensor]| leaves.iter().map(Tensor::shallow_clone).collect::<Vec<_>>();
+        if precision == Precision::Fp32 {
+            return Ok(shallow(&self.leaves));
+        }
+        let cast = no_grad(|| self.flat.f_narrow(0, 0, layout.cast_len)?.f_to_kind(precision.kind()))?;
+        let mut all = leaves(&layout.slots[..layout.cast_slots], &cast)?;
+        all.extend(shallow(&self.leaves[layout.cast_slots..]));
+        Ok(all)
+    }
+
+    /// Gradients of `loss` by `leaves` in one flat f32 tensor.
+    ///
+    /// # Errors
+    /// No room on the device.
+    pub fn gradient(&self, layout: &Layout, loss: &Tensor, leaves: &[Tensor]) -> Result<Tensor, TrainError> {
+        let gradients = Tensor::f_run_backward(&[loss], leaves, false, false)?;
+        no_grad(|| {
+            let parts =
+                layout.slots.iter().zip(&gradients).map(|(s, g)| s.flatten(g)).collect::<Result<Vec<_>, TchError>>()?;
+            let (cast, kept) = parts.split_at(layout.cast_slots);
+            if cast.first().is_some_and(|t| t.kind() == Kind::Float) {
+                return Ok(Tensor::f_cat(&parts, 0)?);
+            }
+            Ok(Tensor::f_cat(&[Tensor::f_cat(cast, 0)?.f_to_kind(Kind::Float)?, Tensor::f_cat(kept, 0)?], 0)?)
+        })
+    }
+
+    /// Logits of the batch `x`, `N x 1 x D x H x W`, f32. In training, batch statistics are used and remembered.
+    ///
+    /// # Errors
+    /// A batch of another shape, or no room on the device.
+    pub fn forward(&self, layout: &Layout, leaves: &[Tensor], x: &Tensor, train: bool) -> Result<Tensor, TrainError> {
+        let pass = Pass { layout, leaves, buffers: &self.buffer_views, train };
+        Ok(pass.logits(x)?.0)
+    }
+
+    /// Logits, the pooled vector `N x C` and the last feature map `N x C x D x H x W`, all f32, in evaluation.
+    ///
+    /// # Errors
+    /// As [`Replica::forward`].
+    pub fn explain(&self, layout: &Layout, x: &Tensor) -> Result<(Tensor, Tensor, Tensor), TrainError> {
+        let pass = Pass { layout, leaves: &self.leaves, buffers: &self.buffer_views, train: false };
+        no_grad(|| Ok(pass.logits(x)?))
+    }
+}
+
+fn leaves(slots: &[Slot], flat: &Tensor) -> Result<Vec<Tensor>, TrainError> {
+    slots.iter().map(|slot| Ok(slot.view(flat)?.f_detach()?.f_set_requires_grad(true)?)).collect()
+}
+
+/// One forward pass.
+struct Pass<'a> {
+    layout: &'a Layout,
+    leaves: &'a [Tensor],
+    buffers: &'a [Tensor],
+    train: bool,
+}
+
+impl Pass<'_> {
+    fn parameter(&self, name: &str) -> &Tensor {
+        &self.leaves[self.layout.index[name]]
+    }
+
+    fn conv_bn(&self, x: &Tensor, conv: &str, bn: &str, stride: [i64; 3], pad: [i64; 3]) -> Result<Tensor, TchError> {
+        let weight = self.parameter(&format!("{conv}.weight"));
+        let y = x.f_conv3d(weight, None::<Tensor>, stride, pad, [1, 1, 1], 1)?;
+        let buffer = |name: &str| &self.buffers[self.layout.buffer_index[&format!("{bn}.{name}")]];
+        y.f_batch_norm(
+            Some(self.parameter(&format!("{bn}.weight"))),
+            Some(self.parameter(&format!("{bn}.bias"))),
+            Some(buffer("running_mean")),
+            Some(buffer("running_var")),
+            self.train,
+            BN_MOMENTUM,
+            f64::from(BN_EPSILON),
+            true,
+        )
+    }
+
+    fn linear(&self, x: &Tensor, name: &str) -> Result<Tensor, TchError> {
+        x.f_linear(self.parameter(&format!("{name}.weight")), Some(self.parameter(&format!("{name}.bias"))))
+    }
+
+    /// Mean over `axes`, two linear layers, sigmoid, scale.
+    fn gate(&self, x: &Tensor, name: &str, axes: &[i64]) -> Result<Tensor, TchError> {
+        let mean = x.f_mean_dim(axes, true, None::<Kind>)?;
+        let hidden = self.linear(&mean.f_flatten(1, -1)?, &format!("{name}.fc.0"))?.f_relu_()?;
+        let scale = self.linear(&hidden, &format!("{name}.fc.2"))?.f_sigmoid()?;
+        x.f_mul(&scale.f_view(mean.size().as_slice())?)
+    }
+
+    fn block(&self, x: &Tensor, name: &str, strided: bool) -> Result<Tensor, TchError> {
+        let architecture = &self.layout.architecture;
+        let stride = if strided { [2; 3] } else { [1; 3] };
+        let y = self.conv_bn(x, &format!("{name}.conv1"), &format!("{name}.bn1"), stride, [1; 3])?.f_relu_()?;
+        let mut y = self.conv_bn(&y, &format!("{name}.conv2"), &format!("{name}.bn2"), [1; 3], [1; 3])?;
+        let depth = |y: &Tensor| self.gate(y, &format!("{name}.da"), &[3, 4]);
+        let channel = |y: &Tensor| self.gate(y, &format!("{name}.se"), &[2, 3, 4]);
+        let depth_first = architecture.attention_order == AttentionOrder::DepthFirst;
+        if architecture.depth_attention && depth_first {
+            y = depth(&y)?;
+        }
+        if architecture.channel_attention {
+            y = channel(&y)?;
+        }
+        if architecture.depth_attention && !depth_first {
+            y = depth(&y)?;
+        }
+        let mut y = if strided {
+            let (conv, bn) = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
+            y.f_add_(&self.conv_bn(x, &conv, &bn, [2; 3], [0; 3])?)?
+        } else {
+            y.f_add_(x)?
+        };
+        y.f_relu_()
+    }
+
+    fn logits(&self, x: &Tensor) -> Result<(Tensor, Tensor, Tensor), TchError> {
+        let kind = self.parameter("stem.0.weight").kind();
+        let x = self.layout.arrange(&x.f_to_kind(kind)?)?;
+        let mut x = self.conv_bn(&x, "stem.0", "stem.1", [1, 2, 2], [1, 3, 3])?.f_relu_()?;
+        for stage in 1..=STAGES {
+            for block in 0..BLOCKS {
+                x = self.block(&x, &format!("layer{stage}.{block}"), stage > 1 && block == 0)?;
+            }
+        }
+        let pooled = x.f_mean_dim(&[2i64, 3, 4][..], false, Kind::Float)?;
+        Ok((self.linear(&pooled, "fc")?, pooled, x.f_to_kind(Kind::Float)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{BackendKind, CancelToken, EngineOptions, Inference, prepare};
+    use crate::model::{Model, synthetic};
+
+    fn small() -> Architecture {
+        Architecture { base_width: 4, input_dhw: [8, 20, 24], ..Architecture::full() }
+    }
+
+    fn input(dhw: [usize; 3]) -> Tensor {
+        let [d, h, w] = dhw.map(|n| n as i64);
+        Tensor::from_slice(&synthetic::volume(dhw, 5)).view([1, 1, d, h, w])
+    }
+
+    fn variants() -> impl Iterator<Item = Architecture> {
+        [AttentionOrder::DepthFirst, AttentionOrder::ChannelFirst].into_iter().flat_map(|attention_order| {
+            [(true, true), (true, false), (false, true), (false, false)].into_iter().map(
+                move |(channel_attention, depth_attention)| Architecture {
+                    attention_order,
+                    channel_attention,
+                    depth_attention,
+                    ..small()
+                },
+            )
+        })
+    }
+
+    #[test]
+    fn every_variant_agrees_with_the_reference_backend() {
+        for architecture in variants() {
+            let model = Model::synthetic("t", &architecture, 3).unwrap();
+            let backend = prepare(BackendKind::Reference, &model, &EngineOptions { threads: 1 }).unwrap();
+            let mut out = Inference::default();
+            let volume = synthetic::volume(architecture.input_dhw, 5);
+            backend.session().unwrap().run(&volume, &CancelToken::new(), &mut out).unwrap();
+            for channels_last in [false, true] {
+                let layout = Layout::new(&architecture, channels_last).unwrap();
+                let net = Replica::of_weights(&layout, Device::Cpu, &model.weights).unwrap();
+                let (logits, pooled, map) = net.explain(&layout, &input(architecture.input_dhw)).unwrap();
+                let scale = out.logits.iter().fold(1.0f32, |m, v| m.max(v.abs()));
+                for (ours, theirs) in [(logits, &out.logits), (pooled, &out.pooled), (map, &out.feature_map)] {
+                    let ours = Vec::<f32>::try_from(ours.contiguous().view(-1)).unwrap();
+                    assert_eq!(ours.len(), theirs.len());
+                    let far = ours.iter().zip(theirs).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+                    assert!(far <= 1e-4 * scale, "{architecture:?} channels last {channels_last}: {far}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn weights_come_back_as_they_went_in() {
+        for channels_last in [false, true] {
+            let layout = Layout::new(&small(), channels_last).unwrap();
+            let weights = synthetic::weights(&small(), 9);
+            let net = Replica::of_weights(&layout, Device::Cpu, &weights).unwrap();
+            assert_eq!(net.weights(&layout).unwrap(), weights);
+        }
+    }
+
+    #[test]
+    fn gradients_do_not_depend_on_the_memory_order() {
+        let weights = initial_weights(&small(), 2);
+        let gradient = |channels_last| {
+            let layout = Layout::new(&small(), channels_last).unwrap();
+            let net = Replica::of_weights(&layout, Device::Cpu, &weights).unwrap();
+            let leaves = net.leaves(&layout, Precision::Fp32).unwrap();
+            let logits = net.forward(&layout, &leaves, &input(small().input_dhw), true).unwrap();
+            let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
+            let flat = net.gradient(&layout, &loss, &leaves).unwrap();
+            layout.unpack_parameters(&flat).unwrap().concat()
+        };
+        let (a, b) = (gradient(false), gradient(true));
+        let largest = a.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        assert!(largest > 0.0);
+        assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= 1e-3 * largest));
+    }
+
+    #[test]
+    fn half_precision_gradients_point_the_same_way() {
+        // Sides that libtorch's bf16 convolutions get right on the processor; see `Engine::new`.
+        let even = Architecture { input_dhw: [8, 32, 32], ..small() };
+        let weights = initial_weights(&even, 2);
+        let layout = Layout::new(&even, true).unwrap();
+        let net = Replica::of_weights(&layout, Device::Cpu, &weights).unwrap();
+        let gradient = |precision| {
+            let leaves = net.leaves(&layout, precision).unwrap();
+            let logits = net.forward(&layout, &leaves, &input(even.input_dhw), true).unwrap();
+            let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
+            net.gradient(&layout, &loss, &leaves).unwrap()
+        };
+        let (a, b) = (gradient(Precision::Fp32), gradient(Precision::Bf16));
+        let cosine = (a.dot(&b) / (a.norm() * b.norm())).double_value(&[]);
+        assert!(cosine > 0.95, "{cosine}");
+    }
+
+    #[test]
+    fn initial_weights_have_the_stated_spread() {
+        let weights = initial_weights(&Architecture { base_width: 16, ..small() }, 1);
+        let deviation = |name: &str| {
+            let data = weights.get(name);
+            (data.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / data.len() as f64).sqrt()
+        };
+        let wanted = (2.0 / (64.0 * 27.0_f64)).sqrt();
+        assert!((deviation("layer3.1.conv2.weight") / wanted - 1.0).abs() < 0.02);
+        assert!((deviation("layer4.0.da.fc.0.weight") / 0.01 - 1.0).abs() < 0.1);
+        assert_eq!(deviation("fc.bias"), 0.0);
+        assert_eq!(deviation("layer1.0.bn1.weight"), 1.0);
+    }
+}
