@@ -273,7 +273,7 @@ mod tests {
 
     #[derive(Parser)]
     enum Command {
-        Prepare(PrepareArgs),
+        Prepare(Box<PrepareArgs>),
         Split(SplitArgs),
     }
 
