@@ -79,6 +79,7 @@ class Resident:
             if line.startswith("{"):
                 said: Json = json.loads(line)
                 if "error" in said:
+                    self.close()
                     raise RuntimeError(f"{self.name}: {said['error']}")
                 return said
         tail = self.log.read_text().strip().splitlines()[-5:]
