@@ -225,3 +225,34 @@ fn a_model_folder_is_exported_and_a_missing_one_is_an_error() {
     assert!(err.contains("model.toml"), "{err}");
     assert_eq!(darnet(&["model", "export"]).0, 2);
 }
+
+#[test]
+fn the_resident_bench_answers_line_by_line_and_outlives_a_bad_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Model::embedded().unwrap();
+    let shape = model.manifest.architecture.input_dhw;
+    let volume = synthetic::volume(shape, 3);
+    let raw: Vec<u8> = volume.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.to_vec(), &raw).unwrap();
+    let file = dir.path().join("v.safetensors");
+    std::fs::write(&file, safetensors::serialize([("volume", view)], None).unwrap()).unwrap();
+    let mut child = Command::new(common::DARNET)
+        .args(["bench", "inference", "--serve", "--threads", "2"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = format!("{}\nabsent\n{}\n", file.display(), file.display());
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let answers: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(answers.len(), 4, "{text}");
+    assert_eq!(answers[0]["ready"], true);
+    assert_eq!(answers[0]["model"]["sha256"], model.sha256.as_str());
+    assert_eq!(answers[1]["logits"], json!(engine(&model, &volume).logits));
+    assert!(answers[1]["seconds"].as_f64().unwrap() > 0.0);
+    assert!(answers[2]["error"].as_str().unwrap().contains("absent"));
+    assert_eq!(answers[3]["logits"], answers[1]["logits"]);
+}

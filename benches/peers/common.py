@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-OUT = HERE / "out"
+OUT = HERE / ".out"
 PEERS = ["openvino", "onnxruntime", "torch", "nncf", "onnx", "numpy", "scipy", "pydicom"]
 
 Json = dict[str, Any]
@@ -25,7 +25,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--darnet", type=pathlib.Path, required=True, help="the binary (`run` builds and passes it)")
     parser.add_argument("--model", type=pathlib.Path, help="model folder; a generated full-size one when absent")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds, at least 1 (default 5)")
-    parser.add_argument("--json", type=pathlib.Path, help="where the figures go (default: in out/)")
+    parser.add_argument("--json", type=pathlib.Path, help="where the figures go (default: in .out/)")
 
 
 def log(message: str) -> None:
@@ -79,6 +79,7 @@ class Resident:
             if line.startswith("{"):
                 said: Json = json.loads(line)
                 if "error" in said:
+                    self.close()
                     raise RuntimeError(f"{self.name}: {said['error']}")
                 return said
         tail = self.log.read_text().strip().splitlines()[-5:]

@@ -73,12 +73,12 @@ def session(
                 command = [args.darnet, "bench", "inference", "--serve", "--model", model, "--threads", str(threads)]
             variables = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": str(OUT / "inductor")}
             try:
-                running.append(Resident(name, command, variables))
-                running[-1].ask(inputs[0])
+                peer = Resident(name, command, variables)
+                peer.ask(inputs[0])
+                running.append(peer)
             except RuntimeError as error:
                 faults.append(f"not run: {error}")
                 log(f"  {error}")
-        running = [peer for peer in running if peer.process.poll() is None]
         seconds: dict[str, list[float]] = {peer.name: [] for peer in running}
         logits: dict[str, list[list[float]]] = {peer.name: [] for peer in running}
         for number in range(args.rounds):
