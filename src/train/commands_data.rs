@@ -34,7 +34,7 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "D,H,W", value_delimiter = ',', default_values_t = [64, 224, 224])]
     pub input: Vec<usize>,
     /// Window without a manifest: centre and width, HU.
-    #[arg(long, value_name = "C,W", value_delimiter = ',', allow_negative_numbers = true)]
+    #[arg(long, value_name = "C,W", value_delimiter = ',', allow_hyphen_values = true)]
     pub window: Vec<f32>,
     /// Share of rows and columns kept, without a manifest.
     #[arg(long, value_name = "SHARE")]

@@ -1,10 +1,10 @@
 //! Tensors out of files of `torch.save`, without running what is in them.
 //!
 //! Input: a `.pth` file, in the zip format (PyTorch 1.6 and later) or the one before. Output: the objects of its pickle
-//! as [`Value`]s in an arena, tensors among them, and their numbers.
+//! as `Value`s in an arena, tensors among them, and their numbers.
 //!
 //! A pickle is a program for a stack machine that may call anything. Here only the calls that make tensors and ordered
-//! dictionaries are known; any other makes [`Value::Other`]. Values refer to each other by index, so that no file,
+//! dictionaries are known; any other makes `Value::Other`. Values refer to each other by index, so that no file,
 //! however nested, makes this program recurse. Sizes are bounded by the file's.
 
 use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! The model rearranged for the kernels: batch normalisation folded, a method a convolution, weights in the order they
 //! are read, shapes with their borders.
 //!
-//! **Choice of method.** A 3x3x3 convolution takes the tiling with the least estimated time on one core ([`cost_ns`];
+//! **Choice of method.** A 3x3x3 convolution takes the tiling with the least estimated time on one core (`cost_ns`;
 //! its three constants were measured, see `docs/performance.md`), stride 2 also direct. Where all the transformed weights
 //! would exceed [`WINOGRAD_BYTES`], the convolution that loses least time for the bytes it saves takes its next smaller
 //! tiling, until they fit. At full size: F(4,4,4) in layers 1 to 3, F(2,2,2) in layer 4. The choice depends on the
