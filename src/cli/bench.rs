@@ -169,6 +169,8 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
         "first_ms": first_ms,
         "rss_anon_mib": status_mib("self", "RssAnon:")?,
         "rss_file_mib": status_mib("self", "RssFile:")?,
+        "weights_mib": backend.weight_bytes() as f64 / 1_048_576.0,
+        "session_mib": backend.session_bytes() as f64 / 1_048_576.0,
         "mapped_weights_mib": backend.mapped_bytes() as f64 / 1_048_576.0,
         "layers": layers,
         "logits": out.logits,
