@@ -1,13 +1,17 @@
-//! One inference of the embedded model, and single layers of the full network.
+//! One inference of the embedded model, and single layers of the full network for each instruction set.
 //!
-//! `cargo bench --bench inference`. Set-up stays outside the timing; each network's output is checked once before.
-//! Throughput is in multiply-adds: "Gelem/s" reads as G multiply-adds a second.
+//! `cargo bench --bench inference`. Set-up stays outside the timing; outputs are compared once before. Throughput is in
+//! multiply-adds of the direct convolution: "Gelem/s" reads as G multiply-adds a second.
 
 use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use darnet::engine::cpu::kernels::{self, Padded};
+use darnet::engine::cpu::arena::Tensor;
+use darnet::engine::cpu::conv::{self, Context, Sums};
+use darnet::engine::cpu::dispatch::{Isa, Kernels, Tiling};
+use darnet::engine::cpu::plan::{Conv, Method};
+use darnet::engine::cpu::pool::Pool;
 use darnet::engine::{BackendKind, CancelToken, EngineOptions, Inference, prepare};
 use darnet::model::Model;
 use darnet::model::synthetic::{self, Stream};
@@ -21,7 +25,8 @@ fn embedded(c: &mut Criterion) {
     group.throughput(Throughput::Elements(architecture.macs()));
     let mut first: Option<Inference> = None;
     for threads in [1, 2] {
-        let backend = prepare(BackendKind::Cpu, &model, &EngineOptions { threads }).expect("a pool starts");
+        let options = EngineOptions { threads, ..EngineOptions::default() };
+        let backend = prepare(BackendKind::Cpu, &model, &options).expect("a pool starts");
         let mut session = backend.session().expect("a session opens");
         let mut out = Inference::default();
         session.run(&input, &cancel, &mut out).expect("it runs");
@@ -33,23 +38,60 @@ fn embedded(c: &mut Criterion) {
     group.finish();
 }
 
-/// One block of output rows of a 3x3x3 convolution, as each stage of the full network has it.
+/// Name, channels, input, tilings.
+type Layer = (&'static str, [usize; 2], [usize; 3], &'static [Tiling]);
+
+/// Each kind of 3x3x3 convolution of the full network, on one thread.
 fn layers(c: &mut Criterion) {
-    let mut group = c.benchmark_group("conv3_rows");
-    let stages =
-        [(64, 64, 112, 1, 8), (64, 128, 56, 2, 8), (128, 128, 56, 1, 8), (256, 256, 28, 1, 8), (512, 512, 14, 1, 8)];
-    for (c_in, c_out, w, stride, rows) in stages {
-        let output = Padded { c: c_out, dhw: [1, rows, w] };
-        let input = Padded { c: c_in, dhw: [stride, stride * rows, stride * w] };
-        let x = Stream::new(1, "x").fill(input.len(), 0.5, 0.5);
-        let weights = Stream::new(1, "w").fill(27 * c_in * c_out, 0.0, 0.1);
-        let mut dst = vec![0.0; rows * (w + 2) * c_out];
-        group.throughput(Throughput::Elements((27 * c_in * c_out * rows * w) as u64));
-        group.bench_function(format!("{c_in}to{c_out}_w{w}_stride{stride}"), |b| {
-            b.iter(|| kernels::conv3_rows(black_box(&x), input, stride, &weights, output, [0, 0, rows], &mut dst));
-        });
+    let pool = Pool::new(1, || {}).expect("a pool starts");
+    let cancel = CancelToken::new();
+    let stages: [Layer; 7] = [
+        ("layer1", [64, 64], [64, 112, 112], &[Tiling::F444]),
+        ("layer2.0.conv1", [64, 128], [64, 112, 112], &Tiling::STRIDE_2),
+        ("layer2", [128, 128], [32, 56, 56], &[Tiling::F444]),
+        ("layer3.0.conv1", [128, 256], [32, 56, 56], &Tiling::STRIDE_2),
+        ("layer3", [256, 256], [16, 28, 28], &[Tiling::F444, Tiling::F244]),
+        ("layer4.0.conv1", [256, 512], [16, 28, 28], &Tiling::STRIDE_2),
+        ("layer4", [512, 512], [8, 14, 14], &Tiling::STRIDE_1),
+    ];
+    for (name, channels, input_dhw, tilings) in stages {
+        let mut group = c.benchmark_group(name);
+        for isa in Isa::ALL.into_iter().filter(|isa| *isa != Isa::Scalar && isa.is_available()) {
+            let kernels = Kernels::of(isa).expect("it is available");
+            let context = Context { pool: &pool, kernels: &kernels, cancel: &cancel };
+            for &tiling in tilings {
+                let conv = Conv::alone(channels, input_dhw, tiling.stride(), Method::Winograd(tiling));
+                let weights = Stream::new(1, "w").fill(27 * channels[0] * channels[1], 0.0, 0.1);
+                let packed = conv.packed(kernels.vectors, &weights);
+                let mut input = Tensor::new(conv.input.len()).expect("memory");
+                input.reshape(conv.input);
+                let mut output = Tensor::new(conv.output.len()).expect("memory");
+                output.reshape(conv.output);
+                let mut sums = vec![0.0; Sums::len(conv.output, conv.sum_rows())];
+                let mut scratch = vec![0.0; conv.scratch(conv.block_rows()).iter().sum()];
+                let tiles: Vec<usize> = (0..conv.tiles()[0]).collect();
+                group.throughput(Throughput::Elements(conv.macs()));
+                group.bench_function(format!("{isa}/{}", tiling.as_str()), |b| {
+                    b.iter(|| {
+                        let sums = Some(Sums(&mut sums));
+                        conv::winograd(
+                            &context,
+                            &conv,
+                            tiling,
+                            &packed,
+                            &input,
+                            &mut output,
+                            true,
+                            sums,
+                            &mut scratch,
+                            &tiles,
+                        )
+                    });
+                });
+            }
+        }
+        group.finish();
     }
-    group.finish();
 }
 
 fn config() -> Criterion {

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::dicom::scp::ScpConfig;
-use crate::engine::BackendKind;
+use crate::engine::cpu::dispatch::Isa;
+use crate::engine::priority::MAX_NICE;
+use crate::engine::{BackendKind, EngineOptions};
 use crate::pipeline::folder::FolderConfig;
 use crate::pipeline::ingest::Durability;
 use crate::pipeline::publish::{Preference, ResultsConfig};
@@ -97,7 +99,7 @@ impl Default for Config {
 }
 
 /// Model and backend.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
     /// Model folder; the embedded demonstration model when absent.
@@ -106,6 +108,25 @@ pub struct ModelConfig {
     pub backend: BackendKind,
     /// Threads of the backend; 0 takes every core.
     pub threads: usize,
+    /// How much the threads that compute are lowered below those that receive (nice value, Linux); 0 leaves them.
+    pub nice: i32,
+    /// Instruction set of the cpu backend: scalar, avx2, avx512; the best there is when absent.
+    pub isa: Option<Isa>,
+    /// Keep the cpu backend's packed weights in a file beside the model, where its folder can be written.
+    pub weight_cache: bool,
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        Self { path: None, backend: BackendKind::default(), threads: 0, nice: 5, isa: None, weight_cache: true }
+    }
+}
+
+impl ModelConfig {
+    /// How the backend may use the machine.
+    pub fn engine_options(&self) -> EngineOptions {
+        EngineOptions { threads: self.threads, nice: self.nice, isa: self.isa, weight_cache: self.weight_cache }
+    }
 }
 
 /// Which senders are believed what.
@@ -129,6 +150,8 @@ pub struct AssemblyConfig {
     pub durability: Durability,
     /// Whether inference may start before completion is certain.
     pub speculate: bool,
+    /// Whether the first layers may run on finished planes while slices still arrive.
+    pub compute_ahead: bool,
     /// Journal threads.
     pub journal_threads: usize,
     /// Decode threads; 0 takes every core.
@@ -159,6 +182,7 @@ impl Default for AssemblyConfig {
             idle_ms: rules.idle_ms,
             durability: Durability::Fsync,
             speculate: true,
+            compute_ahead: true,
             journal_threads: 2,
             decode_threads: 0,
             resample_threads: 0,
@@ -223,6 +247,9 @@ impl Config {
             Ok(meta) if meta.permissions().readonly() => faults.push("data_dir: expected a writable folder".to_owned()),
             Ok(_) => {}
             Err(error) => faults.push(format!("data_dir: {error}; make it and give it to the daemon's user")),
+        }
+        if !(0..=MAX_NICE).contains(&self.model.nice) {
+            faults.push(format!("model.nice: expected 0 to {MAX_NICE}, got {}", self.model.nice));
         }
         faults.extend(self.dicom.faults().into_iter().map(|f| format!("dicom: {f}")));
         faults.extend(self.folder.validate());

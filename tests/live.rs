@@ -172,7 +172,13 @@ fn any_order_of_sending_gives_the_same_live_result() {
         assert_eq!(state.values().filter(|s| s.ends_with("false false")).count(), 2, "{state:?}");
         states.push(state);
         let mut got = Vec::new();
-        while let Ok(message) = messages.recv_timeout(Duration::from_secs(2)) {
+        daemon.wait_until("every edition is told", 60, |d| {
+            got.extend(messages.try_iter());
+            let told =
+                |r: &Value| got.iter().any(|(_, m)| m["result_uid"] == r["result_uid"] && m["edition"] == r["edition"]);
+            d.results().iter().all(told)
+        });
+        while let Ok(message) = messages.recv_timeout(Duration::from_secs(1)) {
             got.push(message);
         }
         receiver_agrees(&daemon, &got);
@@ -213,7 +219,10 @@ fn when_the_live_result_becomes_no_result_the_next_one_speaks() {
     let live: Vec<&Value> = results.iter().filter(|r| r["live"] == true).collect();
     assert_eq!((live.len(), live[0]["result_uid"].as_str()), (1, Some(uid)));
 
-    // A restart repeats nothing.
+    // A restart repeats nothing that was noted as taken. The receiver answers before the note is made.
+    daemon.wait_until("the three deliveries are noted", 60, |d| {
+        d.metric("darnet_outbox_items{state=\"delivered\"}") == 3.0
+    });
     let daemon = daemon.kill_and_restart();
     assert!(messages.recv_timeout(Duration::from_secs(3)).is_err(), "nothing is told twice");
     assert_eq!(daemon.results().len(), 3);
@@ -257,4 +266,29 @@ fn an_alert_is_taken_back_when_a_better_reconstruction_speaks() {
     let live: Vec<&Value> = results.iter().filter(|r| r["live"] == true).collect();
     assert_eq!((live.len(), &live[0]["alert"]["alert"]), (1, &Value::from(false)));
     assert_ne!(live[0]["result_uid"], first["result_uid"]);
+}
+
+#[test]
+fn an_observer_is_told_of_the_result_that_ceased_to_be_live() {
+    let study = Study::new(3);
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = darnet::config::Config { data_dir: dir.path().to_path_buf(), ..Default::default() };
+    config.dicom.bind = "127.0.0.1:0".to_owned();
+    config.web.bind = "127.0.0.1:0".to_owned();
+    config.assembly.grace_ms = 200;
+    let (tx, notices) = darnet::pipeline::observer();
+    let daemon = darnet::pipeline::Daemon::start(&config, Some(tx)).unwrap();
+    let options = SendOptions { to: daemon.dicom_addr().to_string(), ..SendOptions::default() };
+    let mut told = ["thick", "thin"].into_iter().map(|name| {
+        assert_eq!(send(&study.series[name], &options, &mut |_| {}).unwrap().stored, study.series[name].len());
+        notices.recv_timeout(Duration::from_secs(120)).expect("a notice")
+    });
+    let (first, second) = (told.next().unwrap(), told.next().unwrap());
+    assert_eq!((&first.document["live"], first.restated.len()), (&true.into(), 0));
+    assert_eq!((&second.document["live"], second.restated.len()), (&true.into(), 1));
+    let restated = &second.restated[0];
+    assert_eq!(restated["result_uid"], first.document["result_uid"]);
+    assert_eq!((&restated["live"], &restated["edition"]), (&false.into(), &2.into()));
+    assert_eq!(restated["report"], first.document["report"]);
+    daemon.shutdown(Duration::from_secs(2));
 }

@@ -43,7 +43,7 @@ fn goldens() -> Vec<Golden> {
 }
 
 fn run(kind: BackendKind, threads: usize, model: &Model, input: &[f32]) -> Inference {
-    let backend = prepare(kind, model, &EngineOptions { threads }).unwrap();
+    let backend = prepare(kind, model, &EngineOptions { threads, ..EngineOptions::default() }).unwrap();
     let mut out = Inference::default();
     backend.session().unwrap().run(input, &CancelToken::new(), &mut out).unwrap();
     out
@@ -176,7 +176,8 @@ fn measure_the_full_size_cpu_backend() {
     let input = synthetic::volume(architecture.input_dhw, 2026);
     for threads in [2, 1] {
         let start = Instant::now();
-        let backend = prepare(BackendKind::Cpu, &model, &EngineOptions { threads }).unwrap();
+        let backend =
+            prepare(BackendKind::Cpu, &model, &EngineOptions { threads, ..EngineOptions::default() }).unwrap();
         let mut session = backend.session().unwrap();
         let prepared = start.elapsed().as_secs_f64();
         let mut out = Inference::default();
@@ -211,7 +212,8 @@ fn any_number_of_threads_gives_the_same_bits() {
 fn a_session_used_again_gives_the_same_bits_and_other_inputs_other_ones() {
     let model = Model::embedded().unwrap();
     let shape = model.manifest.architecture.input_dhw;
-    let backend = prepare(BackendKind::Auto, &model, &EngineOptions { threads: 2 }).unwrap();
+    let backend =
+        prepare(BackendKind::Auto, &model, &EngineOptions { threads: 2, ..EngineOptions::default() }).unwrap();
     let mut session = backend.session().unwrap();
     let cancel = CancelToken::new();
     let mut outs = vec![Inference::default(); 3];

@@ -76,28 +76,35 @@ fn orthanc_pushes_a_series_and_gets_a_result() {
     let daemon = Daemon::start("");
     let dir = tempfile::tempdir().unwrap();
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let (http_port, dicom_port) = (free(), free());
-    let config = serde_json::json!({
-        "Name": "ORTHANC",
-        "StorageDirectory": dir.path().join("storage"),
-        "IndexDirectory": dir.path().join("index"),
-        "HttpPort": http_port,
-        "DicomPort": dicom_port,
-        "RemoteAccessAllowed": false,
-        "AuthenticationEnabled": false,
-        "DicomModalities": {
-            "darnet": ["DARNET", "127.0.0.1", daemon.dicom_port().parse::<u16>().unwrap()],
-        },
-    });
-    let file = dir.path().join("orthanc.json");
-    std::fs::write(&file, config.to_string()).unwrap();
-    let mut child = Command::new(orthanc).arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let address = format!("127.0.0.1:{http_port}");
-    let until = Instant::now() + Duration::from_secs(60);
-    while std::net::TcpStream::connect(&address).is_err() {
+    let until = Instant::now() + Duration::from_secs(120);
+    let (mut child, address) = 'started: loop {
+        // Free ports are given back and taken again. Somebody else may be faster, then it ends by itself.
+        let (http_port, dicom_port) = (free(), free());
+        let config = serde_json::json!({
+            "Name": "ORTHANC",
+            "StorageDirectory": dir.path().join("storage"),
+            "IndexDirectory": dir.path().join("index"),
+            "HttpPort": http_port,
+            "DicomPort": dicom_port,
+            "RemoteAccessAllowed": false,
+            "AuthenticationEnabled": false,
+            "DicomModalities": {
+                "darnet": ["DARNET", "127.0.0.1", daemon.dicom_port().parse::<u16>().unwrap()],
+            },
+        });
+        let file = dir.path().join("orthanc.json");
+        std::fs::write(&file, config.to_string()).unwrap();
+        let mut child = Command::new(&orthanc).arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let address = format!("127.0.0.1:{http_port}");
+        while child.try_wait().unwrap().is_none() {
+            if std::net::TcpStream::connect(&address).is_ok() {
+                break 'started (child, address);
+            }
+            assert!(Instant::now() < until, "Orthanc did not come up");
+            std::thread::sleep(Duration::from_millis(100));
+        }
         assert!(Instant::now() < until, "Orthanc did not come up");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    };
     let mut parent = String::new();
     for path in &series.files {
         let bytes = std::fs::read(path).unwrap();

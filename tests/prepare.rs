@@ -348,7 +348,8 @@ fn a_dicom_folder_of_several_series_is_resumed_whole() {
     }
     std::fs::write(root.join("junk"), b"no dicom").unwrap();
     let sources = SourceOptions::new(SourceFormat::Dicom, dir.path());
-    let options = options(sources, &dir.path().join(".cache"));
+    // A cache below the root is no source.
+    let options = options(sources, &dir.path().join("cache"));
     let first = run(&options);
     let mut reasons: Vec<&str> = outcomes(&first).into_iter().map(|o| o.1).collect();
     reasons.sort_unstable();

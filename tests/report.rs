@@ -126,7 +126,11 @@ fn outcome(revision: u32) -> NewOutcome {
     };
     let report = SeriesReport::result(series.to_string(), &[0.1, 2.5, -0.3], 120).unwrap();
     let alert = AlertPolicy::default().decide(&report, &Calibration::none(), true);
-    let latency = ResultLatency { last_slice_to_alert_ms: Some(2_345.678), completion_wait_ms: Some(2_000.0) };
+    let latency = ResultLatency {
+        last_slice_to_alert_ms: Some(2_345.678),
+        completion_wait_ms: Some(2_000.0),
+        reused_share: None,
+    };
     let document = ResultDocument::new(&study, model, "cpu", "released", alert.clone(), latency, report, unix_ms());
     NewOutcome {
         study,
@@ -474,7 +478,8 @@ fn retries_wait_for_the_backoff_and_for_what_the_receiver_asks() {
     let at = |offset: i64, expected: u32| {
         clock.0.store(start + offset, Ordering::SeqCst);
         outbox.kick();
-        until("the attempt", || calls.load(Ordering::SeqCst) >= expected);
+        // Also noted: the next attempt is due by the time of the note.
+        until("the attempt", || calls.load(Ordering::SeqCst) >= expected && counts(&store).sending == 0);
         std::thread::sleep(Duration::from_millis(60));
         assert_eq!(calls.load(Ordering::SeqCst), expected, "at {offset} ms");
     };

@@ -16,12 +16,13 @@ fn receiver(statuses: Vec<u16>) -> (String, mpsc::Receiver<(String, String)>) {
     let address = listener.local_addr().unwrap().to_string();
     let (tx, rx) = mpsc::channel();
     std::thread::spawn(move || {
-        for (n, stream) in listener.incoming().enumerate() {
+        let mut whole = 0;
+        for stream in listener.incoming() {
             let mut stream = stream.unwrap();
             stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
             let mut bytes = Vec::new();
             let mut chunk = [0u8; 4096];
-            let (head, body) = loop {
+            let request = loop {
                 let text = String::from_utf8_lossy(&bytes).into_owned();
                 if let Some((head, body)) = text.split_once("\r\n\r\n") {
                     let length: usize = head
@@ -31,17 +32,20 @@ fn receiver(statuses: Vec<u16>) -> (String, mpsc::Receiver<(String, String)>) {
                         })
                         .unwrap_or(0);
                     if body.len() >= length {
-                        break (head.to_owned(), body.to_owned());
+                        break Some((head.to_owned(), body.to_owned()));
                     }
                 }
                 match stream.read(&mut chunk) {
-                    Ok(0) | Err(_) => break (String::new(), String::new()),
+                    Ok(0) | Err(_) => break None,
                     Ok(got) => bytes.extend_from_slice(&chunk[..got]),
                 }
             };
-            let status = statuses[n.min(statuses.len() - 1)];
+            // A sender that is killed may leave a part of one.
+            let Some(request) = request else { continue };
+            let status = statuses[whole.min(statuses.len() - 1)];
+            whole += 1;
             let _ = write!(stream, "HTTP/1.1 {status} X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
-            if tx.send((head, body)).is_err() {
+            if tx.send(request).is_err() {
                 return;
             }
         }
@@ -135,6 +139,43 @@ fn a_webhook_is_repeated_after_failure_and_restart_under_one_key() {
     assert!(last.0.to_ascii_lowercase().contains("x-darnet-signature: t="));
     assert!(deliveries.recv_timeout(Duration::from_secs(3)).is_err(), "delivered once it was accepted, never again");
     drop(daemon);
+}
+
+#[test]
+fn a_series_whose_journal_lost_its_header_ends_as_internal_and_is_told_once() {
+    let series = phantom_series(26, 40, 128);
+    let mut daemon = Daemon::start("[assembly]\ngrace_ms = 60000\nidle_ms = 60000\n");
+    push(&daemon, &series.files[..30]);
+    assert_eq!(daemon.terminate(), Some(0));
+    let folders: Vec<_> = std::fs::read_dir(daemon.data.join("series")).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(folders.len(), 1);
+    let journal = folders[0].join("journal");
+    let mut bytes = std::fs::read(&journal).unwrap();
+    bytes[20] ^= 0xff;
+    std::fs::write(&journal, &bytes).unwrap();
+
+    let daemon = daemon.kill_and_restart();
+    let results = daemon.wait_results(1, 60);
+    assert_eq!((&results[0]["outcome"], &results[0]["reason"]), (&"no_result".into(), &"internal".into()));
+    assert!(results[0]["detail"].as_str().unwrap().contains("SeriesInstanceUID"), "{}", results[0]["detail"]);
+    // What comes of it now is refused, so that the sender keeps it, and the journal is left as it is.
+    let options = SendOptions { to: daemon.dicom.clone(), ..SendOptions::default() };
+    assert_eq!(send(&series.files[30..], &options, &mut |_| {}).unwrap().stored, 0);
+    let daemon = daemon.kill_and_restart();
+    assert_eq!(std::fs::read(&journal).unwrap(), bytes);
+    // Other series go on.
+    let other = phantom_series(27, 40, 128);
+    let text = std::fs::read_to_string(&daemon.config).unwrap().replace("60000", "300");
+    std::fs::write(&daemon.config, text).unwrap();
+    let daemon = daemon.kill_and_restart();
+    push(&daemon, &other.files);
+    let results = daemon.wait_results(2, 60);
+    assert_eq!(results.len(), 2, "each outcome once: {results:?}");
+    assert_eq!(results.iter().filter(|r| r["outcome"] == "result").count(), 1);
+    // Without the note of whose it is, it can only be reported in the log.
+    std::fs::remove_file(folders[0].join("identity")).unwrap();
+    let daemon = daemon.kill_and_restart();
+    daemon.wait_until("the damage is logged", 30, |d| d.log().contains("header checksum does not match"));
 }
 
 #[test]

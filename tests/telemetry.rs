@@ -13,7 +13,15 @@ fn emit_all() {
     let hasher = StudyHasher::new([5; 32]);
     let (study, series) = (hasher.hash("1.2.3"), hasher.hash("1.2.3.4"));
     let took = Duration::from_millis(12);
-    ServerStarted { version: "0.1.0", commit: "abc", backend: "cpu", model: "demo", intended_use: "demo" }.emit();
+    ServerStarted {
+        version: "0.1.0",
+        commit: "abc",
+        backend: "cpu",
+        instruction_set: "avx2",
+        model: "demo",
+        intended_use: "demo",
+    }
+    .emit();
     ServerStopping { cause: "signal" }.emit();
     AssociationAccepted { association: 1, active: 1 }.emit();
     AssociationRejected { reason: "called_ae_title" }.emit();
@@ -34,6 +42,11 @@ fn emit_all() {
     SeriesOpened { study: &study, series: &series, open: 1 }.emit();
     SeriesCompleted { series: &series, cause: "released", slices: 300, waited: took, open: 0 }.emit();
     SeriesReopened { series: &series, revision: 1, open: 1 }.emit();
+    for result in ["done", "cancelled", "failed"] {
+        AheadAdvanced { series: &series, planes: 12, result, took }.emit();
+    }
+    AheadMispredicted { series: &series }.emit();
+    AheadReused { series: &series, share: 0.9 }.emit();
     SpeculationEnded { series: &series, used: true }.emit();
     OutcomePublished {
         study: &study,

@@ -60,7 +60,7 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Files below `folder` with one of the extensions, in order.
+/// Files below `folder` with one of the extensions, in order; hidden folders (environments, caches) are passed over.
 fn files(folder: &str, extensions: &[&str]) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut folders = vec![root().join(folder)];
@@ -68,6 +68,9 @@ fn files(folder: &str, extensions: &[&str]) -> Vec<(String, String)> {
         let Ok(entries) = fs::read_dir(&folder) else { continue };
         for entry in entries {
             let path = entry.expect("entry").path();
+            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')) {
+                continue;
+            }
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|e| extensions.iter().any(|x| e == *x)) {

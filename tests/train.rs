@@ -247,7 +247,7 @@ fn six_phantoms_are_learned_by_heart_and_the_scanner_agrees() {
     let model = Model::load(&dir.path().join("model")).unwrap();
     assert_eq!(model.manifest.scores["validation_accuracy"], 1.0);
     let (_, predictions) = read_predictions(&dir.path().join("validation.csv")).unwrap();
-    let backend = prepare(BackendKind::Cpu, &model, &EngineOptions { threads: 1 }).unwrap();
+    let backend = prepare(BackendKind::Cpu, &model, &EngineOptions { threads: 1, ..EngineOptions::default() }).unwrap();
     let mut session = backend.session().unwrap();
     let mut out = Inference::default();
     for (i, p) in predictions.iter().enumerate() {

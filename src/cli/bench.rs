@@ -9,9 +9,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use darnet::config::Config;
+use darnet::config::{Config, ModelConfig};
 use darnet::dicom::scu::{SendOptions, send};
-use darnet::engine::{CancelToken, EngineOptions, Inference, prepare};
+use darnet::engine::cpu::dispatch::{Isa, Kernels};
+use darnet::engine::cpu::roof;
+use darnet::engine::{Backend, CancelToken, Inference, LayerTiming, prepare};
 use darnet::model::Model;
 use darnet::model::manifest::{Architecture, DepthGrid, SliceDirection};
 use darnet::phantom::{DicomOptions, Phantom, PhantomClass, PhantomSpec, generate, write_dicom};
@@ -21,12 +23,18 @@ use darnet::resample::plan::{DepthPlan, InPlanePlan};
 use darnet::volume::geometry::InPlaneOrientation;
 use serde_json::{Value, json};
 
-use super::{BenchArgs, BenchWhat, Ended, modelcmd, print_json};
+use super::{BenchArgs, BenchWhat, Ended, modelcmd, print_json, resident};
 
 /// `darnet bench`.
 pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
     if args.runs == 0 || args.runs > 10_000 {
         bail!("--runs wants 1 to 10000, got {}", args.runs);
+    }
+    if args.serve {
+        if args.what != BenchWhat::Inference {
+            bail!("--serve goes with `bench inference`");
+        }
+        return resident::serve(args);
     }
     let mut document = match args.what {
         BenchWhat::Inference => inference(args)?,
@@ -41,14 +49,34 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
     if args.json {
         print_json(&document)?;
     } else if let Value::Object(map) = &document {
-        for (key, value) in map {
-            println!("{key:>24}  {value}");
+        for (key, value) in map.iter().filter(|(key, _)| *key != "variants") {
+            match value {
+                Value::Array(rows) if rows.iter().all(Value::is_object) => print_table(key, rows),
+                _ => println!("{key:>24}  {value}"),
+            }
         }
     }
     Ok(Ended::Done)
 }
 
-fn model(args: &BenchArgs) -> anyhow::Result<Model> {
+/// A list of objects with the same keys, as a table.
+fn print_table(title: &str, rows: &[Value]) {
+    let Some(Value::Object(first)) = rows.first() else { return };
+    println!("{title}:");
+    let cell = |value: &Value| match value {
+        Value::Number(n) if n.is_f64() => format!("{:.2}", n.as_f64().unwrap_or(f64::NAN)),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let line = |cells: Vec<String>| println!("  {}", cells.iter().map(|c| format!("{c:>18}")).collect::<String>());
+    line(first.keys().cloned().collect());
+    for row in rows {
+        line(first.keys().map(|key| cell(&row[key])).collect());
+    }
+}
+
+/// The model that is measured.
+pub fn model(args: &BenchArgs) -> anyhow::Result<Model> {
     if args.full_size {
         return Ok(Model::synthetic("full-size-generated", &Architecture::full(), 1)?);
     }
@@ -90,13 +118,13 @@ fn status_mib(pid: &str, key: &str) -> anyhow::Result<f64> {
 fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
     let started = Instant::now();
     let model = model(args)?;
-    let options = EngineOptions { threads: args.engine.threads };
-    let backend = prepare(args.engine.backend, &model, &options)?;
+    let backend = prepare(args.engine.backend, &model, &args.engine.options())?;
     let mut session = backend.session()?;
     let load_ms = started.elapsed().as_secs_f64() * 1e3;
     let architecture = model.manifest.architecture.clone();
     let (id, macs) = (model.manifest.id.clone(), architecture.macs());
     drop(model); // the daemon does not keep the weights as loaded either
+    let mut layers: Vec<(LayerTiming, Vec<f64>)> = Vec::new();
     let input = darnet::model::synthetic::volume(architecture.input_dhw, 1);
     let mut out = Inference::default();
     let cancel = CancelToken::new();
@@ -108,19 +136,50 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
         let started = Instant::now();
         session.run(&input, &cancel, &mut out)?;
         runs.push(started.elapsed().as_secs_f64());
+        for (index, layer) in session.layers().into_iter().enumerate() {
+            match layers.get_mut(index) {
+                Some((_, seconds)) => seconds.push(layer.seconds),
+                None => layers.push((layer.clone(), vec![layer.seconds])),
+            }
+        }
     }
+    let layers: Vec<Value> = layers
+        .into_iter()
+        .map(|(layer, mut seconds)| {
+            seconds.sort_by(f64::total_cmp);
+            let p50_s = quantile(&seconds, 0.50);
+            json!({
+                "layer": layer.name,
+                "kernel": layer.kernel,
+                "gmacs": layer.macs as f64 / 1e9,
+                "p50_ms": p50_s * 1e3,
+                "gflops": 2.0 * layer.macs as f64 / 1e9 / p50_s,
+            })
+        })
+        .collect();
     let mut document = json!({
         "bench": "inference",
         "model": id,
         "backend": backend.name(),
-        "threads": args.engine.threads,
+        "instruction_set": backend.instruction_set(),
+        "threads": backend.threads(),
         "input_dhw": architecture.input_dhw,
         "gmacs": macs as f64 / 1e9,
         "load_ms": load_ms,
         "first_ms": first_ms,
         "rss_anon_mib": status_mib("self", "RssAnon:")?,
+        "rss_file_mib": status_mib("self", "RssFile:")?,
+        "mapped_weights_mib": backend.mapped_bytes() as f64 / 1_048_576.0,
+        "layers": layers,
         "logits": out.logits,
     });
+    if backend.name() == "cpu"
+        && let Some(kernels) =
+            Isa::ALL.into_iter().find(|isa| isa.as_str() == backend.instruction_set()).and_then(Kernels::of)
+    {
+        drop(session);
+        document["roof"] = serde_json::to_value(roof::measure(&kernels, backend.threads())?)?;
+    }
     let spread = spread(runs);
     let p50_s = spread["p50_ms"].as_f64().unwrap_or(f64::NAN) / 1e3;
     document["gflops"] = json!(2.0 * macs as f64 / 1e9 / p50_s);
@@ -172,9 +231,7 @@ fn daemon_config(args: &BenchArgs, data: &Path) -> Config {
     let mut config = Config { data_dir: data.to_path_buf(), ..Config::default() };
     config.dicom.bind = "127.0.0.1:0".to_owned();
     config.web.bind = "127.0.0.1:0".to_owned();
-    config.model.path.clone_from(&args.engine.model);
-    config.model.backend = args.engine.backend;
-    config.model.threads = args.engine.threads;
+    args.engine.configure(&mut config.model);
     config
 }
 
@@ -212,37 +269,178 @@ fn to(daemon: &Daemon) -> SendOptions {
     SendOptions { to: daemon.dicom_addr().to_string(), ..SendOptions::default() }
 }
 
+/// What a sender says of the number of slices.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// Nothing.
+    Unknown,
+    /// The number.
+    Known,
+    /// One too many.
+    OffByOne,
+}
+
+/// One way to send a series.
+#[derive(Clone, Copy)]
+struct Variant {
+    slices_per_s: Option<f64>,
+    extent: Extent,
+    /// Whether the stated number completes the series; otherwise it is a hint.
+    trusted: bool,
+    compute_ahead: bool,
+}
+
+impl Variant {
+    fn describe(&self) -> Value {
+        json!({
+            "rate": self.slices_per_s,
+            "extent": match self.extent {
+                Extent::Unknown => "unknown",
+                Extent::Known => "known",
+                Extent::OffByOne => "off-by-one",
+            },
+            "completion": if self.trusted && self.extent == Extent::Known { "declared" } else { "released" },
+            "compute_ahead": self.compute_ahead,
+        })
+    }
+}
+
+/// The ways to be measured; one without computing ahead first for each kind of completion, to compare with.
+fn variants(args: &BenchArgs) -> Vec<Variant> {
+    let paces = args.rate.map_or_else(|| vec![None, Some(30.0)], |rate| vec![Some(rate)]);
+    let mut variants = Vec::new();
+    for slices_per_s in paces {
+        let mut add = |extent, trusted, compute_ahead| {
+            variants.push(Variant { slices_per_s, extent, trusted, compute_ahead });
+        };
+        if !args.declare_count {
+            add(Extent::Unknown, false, false);
+            add(Extent::Unknown, false, true);
+            add(Extent::Known, false, true);
+            add(Extent::OffByOne, true, true);
+        }
+        add(Extent::Known, true, false);
+        add(Extent::Known, true, true);
+    }
+    variants
+}
+
+#[derive(Default)]
+struct Measured {
+    to_alert: Vec<f64>,
+    waits: Vec<f64>,
+    inferences: Vec<f64>,
+    reused: Vec<f64>,
+}
+
 fn pipeline(args: &BenchArgs) -> anyhow::Result<Value> {
     let dir = super::demo::scratch_dir("bench-pipeline")?;
+    let model = model(args)?;
+    let mut config = ModelConfig::default();
+    args.engine.configure(&mut config);
+    let backend = prepare(args.engine.backend, &model, &config.engine_options())?;
+    let cancelled = cancel_delays(backend.as_ref(), &model, args.runs)?;
     let phantom = phantom(args.slices);
-    let (mut to_alert, mut waits, mut inferences) = (Vec::new(), Vec::new(), Vec::new());
-    let grace_ms = Config::default().assembly.grace_ms;
+    let plain = write_dicom(&phantom, &dir.path().join("plain"), &DicomOptions::default())?;
+    let stated = DicomOptions { declare_count: true, ..DicomOptions::default() };
+    let stated = write_dicom(&phantom, &dir.path().join("stated"), &stated)?;
+    drop(phantom);
+    let variants = variants(args);
+    let mut measured: Vec<Measured> = variants.iter().map(|_| Measured::default()).collect();
+    // In turn, so that whatever else the machine does falls on all of them.
     for run in 0..args.runs {
-        let data = dir.path().join(format!("data-{run}"));
-        std::fs::create_dir(&data)?;
-        let (tx, notices) = observer();
-        let daemon = Daemon::start(&daemon_config(args, &data), Some(tx))?;
-        let files = write_dicom(&phantom, &dir.path().join("series"), &DicomOptions::default())?;
-        let options = SendOptions { slices_per_s: args.rate, ..to(&daemon) };
-        let report = send(&files, &options, &mut |_| {})?;
-        if report.stored != files.len() {
-            bail!("{} of {} slices were not stored", files.len() - report.stored, files.len());
+        for (variant, measured) in variants.iter().zip(&mut measured) {
+            let files = match variant.extent {
+                Extent::Unknown => &plain[..],
+                Extent::Known => &stated[..],
+                Extent::OffByOne => &stated[..stated.len() - 1],
+            };
+            let data = dir.path().join(format!("data-{run}"));
+            std::fs::create_dir(&data)?;
+            let mut config = daemon_config(args, &data);
+            config.assembly.compute_ahead = variant.compute_ahead;
+            if variant.trusted {
+                config.peers.trust_series_count = vec![SendOptions::default().calling_ae_title];
+            }
+            let (tx, notices) = observer();
+            let daemon = Daemon::start_on(&config, &model, backend.as_ref(), Some(tx))?;
+            let options = SendOptions { slices_per_s: variant.slices_per_s, ..to(&daemon) };
+            let report = send(files, &options, &mut |_| {})?;
+            if report.stored != files.len() {
+                bail!("{} of {} slices were not stored", files.len() - report.stored, files.len());
+            }
+            let notice = notices.recv_timeout(Duration::from_secs(600)).context("wait for the alert")?;
+            measured.to_alert.push(notice.last_slice_to_alert_s);
+            measured.waits.push(notice.completion_wait_s);
+            measured.inferences.push(notice.infer_s);
+            measured.reused.push(notice.reused_share.unwrap_or(0.0));
+            daemon.shutdown(Duration::from_secs(1));
+            std::fs::remove_dir_all(&data)?;
         }
-        let notice = notices.recv_timeout(Duration::from_secs(600)).context("wait for the alert")?;
-        to_alert.push(notice.last_slice_to_alert_s);
-        waits.push(notice.completion_wait_s);
-        inferences.push(notice.infer_s);
-        daemon.shutdown(Duration::from_secs(1));
+    }
+    let mut rows = Vec::new();
+    for (variant, mut measured) in variants.iter().zip(measured) {
+        let mut row = variant.describe();
+        measured.reused.sort_by(f64::total_cmp);
+        row["reused_share"] = json!(quantile(&measured.reused, 0.50));
+        row["last_slice_to_alert"] = spread(measured.to_alert);
+        row["completion_wait"] = spread(measured.waits);
+        row["inference"] = spread(measured.inferences);
+        rows.push(row);
+    }
+    if !args.json {
+        println!("  rate  extent      completion  ahead  last slice to alert  inference  reused");
+        for row in &rows {
+            println!(
+                "{:>6}  {:<10}  {:<10}  {:<5}  {:>16.0} ms  {:>6.0} ms  {:>6.3}",
+                row["rate"].as_f64().map_or("line".to_owned(), |r| r.to_string()),
+                row["extent"].as_str().unwrap_or_default(),
+                row["completion"].as_str().unwrap_or_default(),
+                row["compute_ahead"].as_bool().unwrap_or_default(),
+                row["last_slice_to_alert"]["p50_ms"].as_f64().unwrap_or(f64::NAN),
+                row["inference"]["p50_ms"].as_f64().unwrap_or(f64::NAN),
+                row["reused_share"].as_f64().unwrap_or(f64::NAN),
+            );
+        }
     }
     Ok(json!({
         "bench": "pipeline",
+        "model": model.manifest.id,
+        "backend": backend.name(),
+        "threads": args.engine.threads,
         "slices": args.slices,
-        "rate": args.rate,
-        "grace_ms": grace_ms,
-        "last_slice_to_alert": spread(to_alert),
-        "completion_wait": spread(waits),
-        "inference": spread(inferences),
+        "grace_ms": Config::default().assembly.grace_ms,
+        "cancel": cancelled,
+        "variants": rows,
     }))
+}
+
+/// How long a run goes on after it was told to stop, at `runs` points of it.
+fn cancel_delays(backend: &dyn Backend, model: &Model, runs: usize) -> anyhow::Result<Value> {
+    let mut session = backend.session()?;
+    let input = darnet::model::synthetic::volume(model.manifest.architecture.input_dhw, 1);
+    let mut out = Inference::default();
+    session.run(&input, &CancelToken::new(), &mut out)?;
+    let started = Instant::now();
+    session.run(&input, &CancelToken::new(), &mut out)?;
+    let whole = started.elapsed();
+    let mut delays = Vec::with_capacity(runs);
+    for run in 0..runs {
+        let cancel = CancelToken::new();
+        let told = std::thread::scope(|scope| {
+            let canceller = scope.spawn(|| {
+                std::thread::sleep(whole.mul_f64((run as f64 + 0.5) / runs as f64));
+                cancel.cancel();
+                Instant::now()
+            });
+            let _ = session.run(&input, &cancel, &mut out);
+            let ended = Instant::now();
+            canceller.join().map(|told| ended.saturating_duration_since(told))
+        });
+        let Ok(delay) = told else { bail!("the cancelling thread ended early") };
+        delays.push(delay.as_secs_f64());
+    }
+    Ok(spread(delays))
 }
 
 struct Served {

@@ -217,9 +217,7 @@ pub fn acceptance(args: &AcceptanceArgs) -> anyhow::Result<Ended> {
     std::thread::spawn(move || receive(&listener, &delivered_tx));
 
     let mut config = local_config(&data);
-    config.model.path.clone_from(&args.engine.model);
-    config.model.backend = args.engine.backend;
-    config.model.threads = args.engine.threads;
+    args.engine.configure(&mut config.model);
     config.assembly.grace_ms = 500;
     config.webhook =
         WebhookConfig { url: format!("http://{address}/"), secret_file: Some(secret_file), ..WebhookConfig::default() };

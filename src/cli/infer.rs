@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use darnet::engine::{EngineOptions, prepare};
+use darnet::engine::prepare;
 use darnet::explain::{CamGeometry, RenderOptions, SeriesToExplain, class_activation_map, explain_series, write_cam};
 use darnet::model::Model;
 use darnet::pipeline::offline::{Judgement, judge_paths};
@@ -27,8 +27,7 @@ struct Files<'a> {
 /// `darnet infer`.
 pub fn infer(args: &InferArgs) -> anyhow::Result<Ended> {
     let model = modelcmd::load(args.engine.model.as_ref())?;
-    let options = EngineOptions { threads: args.engine.threads };
-    let backend = prepare(args.engine.backend, &model, &options)?;
+    let backend = prepare(args.engine.backend, &model, &args.engine.options())?;
     if let Some(note) = backend.note() {
         eprintln!("darnet: {note}");
     }
@@ -150,11 +149,11 @@ fn explain(
     Ok(dir.join("cam.safetensors"))
 }
 
-fn tensor(context: &mut Files<'_>, file: &Path, hasher: &StudyHasher) -> anyhow::Result<SeriesReport> {
+/// The tensor `volume` of a safetensors file, of the shape `wanted` and in [0, 1].
+pub fn read_volume(file: &Path, wanted: [usize; 3]) -> anyhow::Result<Vec<f32>> {
     let bytes = std::fs::read(file).with_context(|| format!("read {}", file.display()))?;
     let tensors = safetensors::SafeTensors::deserialize(&bytes).with_context(|| format!("read {}", file.display()))?;
     let volume = tensors.tensor("volume").with_context(|| format!("find `volume` in {}", file.display()))?;
-    let wanted = context.model.manifest.architecture.input_dhw;
     let shape = volume.shape();
     let tail = &shape[shape.len().saturating_sub(3)..];
     if volume.dtype() != safetensors::Dtype::F32
@@ -167,6 +166,12 @@ fn tensor(context: &mut Files<'_>, file: &Path, hasher: &StudyHasher) -> anyhow:
     if let Some(bad) = input.iter().find(|v| !(0.0..=1.0).contains(*v)) {
         bail!("expected `volume` in [0, 1], got {bad}");
     }
+    Ok(input)
+}
+
+fn tensor(context: &mut Files<'_>, file: &Path, hasher: &StudyHasher) -> anyhow::Result<SeriesReport> {
+    let wanted = context.model.manifest.architecture.input_dhw;
+    let input = read_volume(file, wanted)?;
     let series = hasher.hash(&file.to_string_lossy());
     let (inference, cam, infer_s, cam_s) = match context.judge.judge_tensor(&input) {
         Ok(judged) => judged,

@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod infer;
 mod modelcmd;
+mod resident;
 mod serve;
 mod tools;
 
@@ -14,7 +15,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use darnet::engine::BackendKind;
+use darnet::config::ModelConfig;
+use darnet::engine::cpu::dispatch::Isa;
+use darnet::engine::{BackendKind, EngineOptions};
 use darnet::phantom::PhantomClass;
 
 /// How a command ended.
@@ -56,7 +59,7 @@ enum Command {
     Send(SendArgs),
     /// Write synthetic chest CT studies with lesion masks.
     Phantom(PhantomArgs),
-    /// Make, show and verify models.
+    /// Make, show, verify and export models.
     #[command(subcommand)]
     Model(ModelCommand),
     /// A site's check after installation or update: known phantoms in, known results out, latency, delivery.
@@ -152,6 +155,22 @@ pub struct EngineArgs {
     /// Threads; 0 takes every core.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
+    /// Instruction set of the cpu backend: scalar, avx2, avx512; the best there is when absent.
+    #[arg(long, value_name = "ISA")]
+    pub isa: Option<Isa>,
+}
+
+impl EngineArgs {
+    /// How the backend may use the machine.
+    pub fn options(&self) -> EngineOptions {
+        EngineOptions { threads: self.threads, isa: self.isa, ..EngineOptions::default() }
+    }
+
+    /// The same as part of a configuration.
+    pub fn configure(&self, model: &mut ModelConfig) {
+        model.path.clone_from(&self.model);
+        (model.backend, model.threads, model.isa) = (self.backend, self.threads, self.isa);
+    }
 }
 
 /// Arguments of `darnet send`.
@@ -249,6 +268,10 @@ enum ModelCommand {
     Show(modelcmd::ShowArgs),
     /// Check manifest, hash, every tensor.
     Verify(modelcmd::VerifyArgs),
+    /// Write the model for other runtimes: ONNX, float32 or float16.
+    Export(modelcmd::ExportArgs),
+    /// Make a model with generated weights, which has learned nothing: for benchmarks and tests.
+    Synthetic(modelcmd::SyntheticArgs),
 }
 
 /// Arguments of `darnet acceptance`.
@@ -281,9 +304,15 @@ pub struct BenchArgs {
     /// Slices of the series (ingest, pipeline, memory).
     #[arg(long, default_value_t = 300, value_name = "N")]
     pub slices: usize,
-    /// Slices a second (pipeline); line rate when absent.
+    /// Slices a second (pipeline); line rate and 30 a second when absent.
     #[arg(long, value_name = "RATE")]
     pub rate: Option<f64>,
+    /// Inference: stay, run each safetensors file named on a line of stdin, answer with a line of JSON.
+    #[arg(long)]
+    pub serve: bool,
+    /// Only completion by a declared count (pipeline); by release of the association, too, when absent.
+    #[arg(long)]
+    pub declare_count: bool,
     /// Print one JSON document on stdout.
     #[arg(long)]
     pub json: bool,
@@ -324,6 +353,8 @@ pub fn run() -> ExitCode {
                 Command::Model(ModelCommand::New(args)) => modelcmd::new(&args),
                 Command::Model(ModelCommand::Show(args)) => modelcmd::show(&args),
                 Command::Model(ModelCommand::Verify(args)) => modelcmd::verify(&args),
+                Command::Model(ModelCommand::Export(args)) => modelcmd::export(&args),
+                Command::Model(ModelCommand::Synthetic(args)) => modelcmd::synthetic(&args),
                 Command::Acceptance(args) => demo::acceptance(&args),
                 Command::Bench(args) => bench::bench(&args),
                 Command::Completions { shell } => {

@@ -38,7 +38,7 @@ pub fn check_config(args: &CheckConfigArgs) -> anyhow::Result<Ended> {
     };
     match model {
         Ok(model) => {
-            let options = darnet::engine::EngineOptions { threads: config.model.threads };
+            let options = config.model.engine_options();
             if let Err(error) = darnet::engine::prepare(config.model.backend, &model, &options) {
                 faults.push(format!("model.backend: {error}"));
             }

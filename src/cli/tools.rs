@@ -1,6 +1,7 @@
 //! `send`, `phantom`, `man`.
 
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use darnet::dicom::scu::{self, SendOptions};
@@ -41,7 +42,11 @@ pub fn send(args: &SendArgs) -> anyhow::Result<Ended> {
         associations: args.associations,
         ..SendOptions::default()
     };
-    let report = scu::send(&files, &options, &mut |progress| bar.set_position(progress.done as u64))?;
+    let mut last_answer = SystemTime::now();
+    let report = scu::send(&files, &options, &mut |progress| {
+        last_answer = SystemTime::now();
+        bar.set_position(progress.done as u64);
+    })?;
     bar.finish_and_clear();
     let failed = report.statuses.len() - report.stored;
     if args.json {
@@ -51,6 +56,7 @@ pub fn send(args: &SendArgs) -> anyhow::Result<Ended> {
             "stored": report.stored,
             "failed": failed,
             "bytes": report.bytes,
+            "last_answer_unix_s": last_answer.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
             "elapsed_ms": report.elapsed.as_secs_f64() * 1e3,
             "statuses": statuses,
         }))?;

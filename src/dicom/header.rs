@@ -526,6 +526,51 @@ const DERIVED_WORDS: [&str; 17] = [
 ];
 
 impl SliceHeader {
+    /// Stands for a series of which no object can be read: its identifiers and nothing else. No such object is judged.
+    pub fn of_series(study_instance_uid: String, series_instance_uid: String) -> Self {
+        let nothing = || undecodable("no object of the series can be read");
+        Self {
+            sop_class_uid: String::new(),
+            sop_instance_uid: String::new(),
+            study_instance_uid,
+            series_instance_uid,
+            modality: String::new(),
+            image_type: Vec::new(),
+            geometry: Err(nothing()),
+            rows: 0,
+            columns: 0,
+            pixel: PixelLayout {
+                bits_allocated: 0,
+                bits_stored: 0,
+                high_bit: 0,
+                signed: false,
+                samples_per_pixel: 0,
+                photometric: String::new(),
+                slope: 1.0,
+                intercept: 0.0,
+                padding_value: None,
+                padding_range_limit: None,
+            },
+            pixel_fault: Some(nothing()),
+            convolution_kernel: None,
+            slice_thickness_mm: None,
+            number_of_frames: 1,
+            series_count_hint: None,
+            images_in_acquisition_hint: None,
+            series_number: None,
+            series_description: None,
+            study_date: None,
+            study_time: None,
+            patient_id: None,
+            accession_number: None,
+            manufacturer: None,
+            model_name: None,
+            patient_position: None,
+            content_time: None,
+            rescale_type: None,
+        }
+    }
+
     /// Whether another object of the same SOPInstanceUID says the same about place, pixels and kind; how it is encoded
     /// and what else it carries may differ.
     pub fn same_object(&self, other: &Self) -> bool {

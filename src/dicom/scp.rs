@@ -506,6 +506,7 @@ struct Accepted<'s> {
     calling: String,
     called: String,
     peer_max_pdu: u32,
+    /// Given back when the association ends, before the peer is told.
     slot: Option<Slot<'s>>,
 }
 
@@ -648,6 +649,8 @@ struct Association<'s, T> {
     wire: Wire<T>,
     accepted: Accepted<'s>,
     handler: Box<dyn AssociationHandler>,
+    /// Whether the handler was told of the end.
+    closed: bool,
     end: End,
     /// Command set under way.
     command: Vec<u8>,
@@ -659,7 +662,10 @@ struct Association<'s, T> {
 impl<T> Association<'_, T> {
     /// Tells the handler and frees the place, once. Not left to the drop alone: a peer may be slow to close.
     fn finish(&mut self) {
-        let Some(_slot) = self.accepted.slot.take() else { return };
+        if std::mem::replace(&mut self.closed, true) {
+            return;
+        }
+        let _slot = self.accepted.slot.take();
         let released = matches!(self.end, End::Released);
         let handler = &mut self.handler;
         if catch_unwind(AssertUnwindSafe(|| handler.closed(released))).is_err() {
@@ -709,6 +715,7 @@ impl<'s, T: Transport> Association<'s, T> {
             wire,
             accepted,
             handler,
+            closed: false,
             end: End::Aborted,
             command: Vec::new(),
             dataset: Vec::new(),
@@ -731,6 +738,8 @@ impl<'s, T: Transport> Association<'s, T> {
         let abort = match stop {
             Stop::Released => {
                 self.end = End::Released;
+                // A peer that has the answer may ask for its next association at once, and must find the place free.
+                self.accepted.slot = None;
                 let _ = self.wire.write_all(&RELEASE_RP_PDU);
                 self.finish();
                 self.wire.linger(LINGER);

@@ -4,7 +4,7 @@
 //! worker opens a session that owns its scratch.
 //!
 //! - [mod@reference]: plain loops, the oracle of the tests; any shape, slow.
-//! - [`cpu`]: the default; GEMM on channels-last activations, several threads.
+//! - [`cpu`]: the default; Winograd convolutions, vector kernels for each instruction set, several threads.
 //!
 //! Invariants: the same backend gives the same bits for the same input, whatever the number of threads. A run either
 //! fills all of its output with finite numbers or returns an error. Backends agree as follows, |d| being the largest
@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::Model;
 
 pub mod cpu;
+pub mod priority;
 pub mod reference;
 
 /// Most threads a backend takes; more do not help at 64 planes an input.
@@ -112,11 +113,23 @@ impl FromStr for BackendKind {
 }
 
 /// How a backend uses the machine.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EngineOptions {
     /// Threads of the pool that all sessions of a backend share; 0 takes one a core.
     pub threads: usize,
+    /// Added to the nice value of each of its threads as it starts ([`priority::lower_this_thread`]); 0 leaves it.
+    pub nice: i32,
+    /// Instruction set of the cpu backend; without it the best that the processor has.
+    pub isa: Option<cpu::dispatch::Isa>,
+    /// Keep the cpu backend's packed weights in a file beside the model, where its folder can be written.
+    pub weight_cache: bool,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { threads: 0, nice: 0, isa: None, weight_cache: true }
+    }
 }
 
 impl EngineOptions {
@@ -155,6 +168,20 @@ pub enum EngineError {
     Threads {
         /// How many.
         got: usize,
+    },
+    /// The processor lacks an instruction set that was asked for.
+    #[error("engine instruction set: this processor has no {isa}; leave isa out to take the best it has")]
+    Isa {
+        /// Which.
+        isa: &'static str,
+    },
+    /// The system gave no memory.
+    #[error("reserve {bytes} bytes for the engine: {reason}")]
+    Memory {
+        /// How many.
+        bytes: usize,
+        /// Why not.
+        reason: String,
     },
     /// The pool could not be made.
     #[error("start {threads} engine threads: {reason}")]
@@ -207,8 +234,18 @@ pub trait Backend: Send + Sync {
         1
     }
 
-    /// Bytes of prepared weights, shared by all sessions.
+    /// Instruction set of its kernels; empty where that says nothing.
+    fn instruction_set(&self) -> &'static str {
+        ""
+    }
+
+    /// Bytes of prepared weights in memory of its own, shared by all sessions.
     fn weight_bytes(&self) -> usize {
+        0
+    }
+
+    /// Bytes of prepared weights in a mapped file.
+    fn mapped_bytes(&self) -> usize {
         0
     }
 
@@ -216,6 +253,19 @@ pub trait Backend: Send + Sync {
     fn session_bytes(&self) -> usize {
         0
     }
+}
+
+/// One step of a run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LayerTiming {
+    /// The layer, as the weights file names it.
+    pub name: String,
+    /// How it was computed.
+    pub kernel: &'static str,
+    /// Multiply-adds of the direct convolution.
+    pub macs: u64,
+    /// Seconds.
+    pub seconds: f64,
 }
 
 /// How much of a run had been done by [`Session::advance`] before it.
@@ -257,6 +307,11 @@ pub trait Session: Send {
     fn advance(&mut self, input: &[f32], ready: &[bool], cancel: &CancelToken) -> Result<(), EngineError> {
         let _ = (input, ready, cancel);
         Ok(())
+    }
+
+    /// Where the time of the last [`run`](Self::run) went, in order; empty for a backend that does not measure it.
+    fn layers(&self) -> Vec<LayerTiming> {
+        Vec::new()
     }
 
     /// How much the last [`run`](Self::run) took over from [`advance`](Self::advance).
@@ -338,7 +393,7 @@ mod tests {
     #[test]
     fn a_gpu_backend_is_a_typed_error_and_auto_says_why_it_is_not_used() {
         let model = Model::embedded().unwrap();
-        let options = EngineOptions { threads: 1 };
+        let options = EngineOptions { threads: 1, ..EngineOptions::default() };
         for kind in [BackendKind::Tensorrt, BackendKind::Cuda] {
             let error = prepare(kind, &model, &options).err().unwrap();
             assert!(matches!(error, EngineError::Unavailable { .. }), "{error}");
@@ -352,7 +407,7 @@ mod tests {
 
     #[test]
     fn too_many_threads_are_refused() {
-        let options = EngineOptions { threads: 100_000 };
+        let options = EngineOptions { threads: 100_000, ..EngineOptions::default() };
         assert!(options.resolved_threads().is_err());
         assert!(EngineOptions::default().resolved_threads().unwrap() >= 1);
     }

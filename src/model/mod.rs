@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 pub mod architecture;
 pub mod manifest;
 pub mod new;
+pub mod onnx;
 pub mod show;
 pub mod synthetic;
 pub mod verify;

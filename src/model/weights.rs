@@ -52,6 +52,15 @@ impl Weights {
     }
 
     /// Weights from tensors made in the program; the caller answers for names and shapes.
+    /// The same tensors with their values changed by `change`.
+    pub fn with_values(&self, mut change: impl FnMut(&str, &mut [f32])) -> Self {
+        let mut changed = self.clone();
+        for (name, tensor) in &mut changed.0 {
+            change(name, &mut tensor.data);
+        }
+        changed
+    }
+
     pub(crate) fn from_tensors(tensors: impl Iterator<Item = (String, Tensor)>) -> Self {
         Self(tensors.collect())
     }
@@ -144,7 +153,7 @@ fn values<const N: usize>(raw: &[u8], convert: impl Fn([u8; N]) -> f32) -> Vec<f
 }
 
 /// IEEE 754 binary16 to binary32, exact.
-fn f16_to_f32(half: u16) -> f32 {
+pub(super) fn f16_to_f32(half: u16) -> f32 {
     let sign = u32::from(half >> 15) << 31;
     let exponent = u32::from(half >> 10) & 0x1F;
     let fraction = u32::from(half) & 0x3FF;

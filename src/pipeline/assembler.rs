@@ -9,6 +9,10 @@
 //! Speculation: when a series looks complete its inference starts at once; the outcome waits for completion, and
 //! another slice cancels the run.
 //!
+//! Computing ahead: while slices arrive and the worker is free, the first layers run on planes that are final if the
+//! series ends as [`ahead`] guesses. One series at a time has the worker's session for it; any run goes before it and
+//! cancels it.
+//!
 //! Deliberately absent: pixels, files, the network.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -19,12 +23,13 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, select};
 
 use crate::dicom::header::SliceHeader;
 use crate::engine::CancelToken;
+use crate::pipeline::ahead::{self, Guess, Prediction};
 use crate::pipeline::ingest::{
     Arrival, Journals, PublishedNote, RECOVERED, ToAssembler, VOLUME_PREFIX, remove_volumes,
 };
 use crate::pipeline::jobs::{
-    DecodeJob, DecodeTask, Decoded, DecodedSlice, InferDone, InferJob, Inferred, PublishJob, Published, SliceHandle,
-    Timing,
+    AheadDone, AheadJob, DecodeJob, DecodeTask, Decoded, DecodedSlice, FromInfer, InferDone, InferJob, Inferred,
+    PublishJob, Published, SliceHandle, Timing, ToInfer,
 };
 use crate::pipeline::planes::SharedPlane;
 use crate::resample::lung::SliceLung;
@@ -32,7 +37,7 @@ use crate::resample::plan::InPlanePlan;
 use crate::scan::select::{MAX_GRIDS, Selection, SliceFacts, facts, select};
 use crate::telemetry::events::Stage;
 use crate::telemetry::{StudyHash, events, incidents};
-use crate::volume::completion::{Cause, Completion, CompletionRules, Progress};
+use crate::volume::completion::{Cause, Completion, CompletionRules, LULL_MS, Progress};
 use crate::volume::geometry::{GeometryLimits, InPlaneOrientation, SliceGeometry};
 use crate::volume::journal::{JournalReader, RecordRef};
 use crate::volume::refusal::{Reason, Refusal};
@@ -44,6 +49,19 @@ const COMMIT_RETRY: Duration = Duration::from_secs(5);
 const RESEND_RETRY: Duration = Duration::from_secs(5);
 /// Longest sleep of the assembler, so that the stop flag of a dead peer is seen.
 const MAX_WAIT: Duration = Duration::from_millis(500);
+
+/// New final planes from which a step of computing ahead is worth it: the depth of a tile of the convolutions. Fewer do
+/// towards the end, a quarter of the planes still missing, because what no step has taken when the series ends is lost.
+const AHEAD_STEP_PLANES: usize = 4;
+/// New slices after which the guess is looked at again. Looking takes less than a millisecond for 600 slices; with this
+/// it is 150 looks a series.
+const AHEAD_LOOK_SLICES: usize = 4;
+/// Among the last slices of a stated count it is looked at after each: 32 looks more. Planes are made of up to 10
+/// slices each way (600 slices, 64 planes).
+const AHEAD_LAST_SLICES: u64 = 32;
+/// Tilt from which a series is taken to be sheared in the end, degrees: so little moves the image by half a pixel over
+/// 300 mm ([`crate::volume::geometry::NO_SHEAR_PX`]).
+const AHEAD_MAX_TILT_DEG: f64 = 0.07;
 
 /// Settings of the assembler.
 #[derive(Clone, Debug)]
@@ -68,6 +86,8 @@ pub struct AssemblerOptions {
     pub crop_fraction: f64,
     /// Whether inference may start before completion.
     pub speculate: bool,
+    /// How planes are made, when the first layers may run on finished ones ahead of a run.
+    pub ahead: Option<ahead::Grid>,
 }
 
 /// The assembler's ends of the channels.
@@ -79,9 +99,9 @@ pub struct AssemblerChannels {
     /// From the resamplers (or the decoders, for failures).
     pub decoded: Receiver<Decoded>,
     /// To the inference worker.
-    pub infer: Sender<InferJob>,
+    pub infer: Sender<ToInfer>,
     /// From the inference worker.
-    pub inferred: Receiver<InferDone>,
+    pub inferred: Receiver<FromInfer>,
     /// To the publisher.
     pub publish: Sender<PublishJob>,
     /// From the publisher.
@@ -129,6 +149,24 @@ struct Job {
     pending: Option<InferJob>,
 }
 
+/// What was computed ahead for a series.
+#[derive(Debug, Default)]
+struct Ahead {
+    /// What the series is expected to become, with the guess's number, once work was done for it.
+    guess: Option<(Guess, u64)>,
+    /// Final planes that the session was given for it.
+    planes: usize,
+    /// Slices decoded when the guess was last looked at.
+    looked: usize,
+}
+
+/// What the inference worker has in hand.
+#[derive(Debug)]
+enum Working {
+    Run(StudyHash),
+    Ahead { series: StudyHash, planes: usize, cancel: Arc<CancelToken> },
+}
+
 struct Series {
     epoch: u64,
     study: StudyHash,
@@ -143,6 +181,8 @@ struct Series {
     conflict: bool,
     /// Acknowledged objects that the disk no longer gives back.
     lost: u64,
+    /// The journal gives back none of them.
+    unreadable: bool,
     /// Offset in the journal after the last record seen.
     covered: u64,
     version: u64,
@@ -160,6 +200,9 @@ struct Series {
     decode_s: f64,
     resample_s: f64,
     hint: Option<u64>,
+    /// Slices decoded, with HU in their slots.
+    decoded: usize,
+    ahead: Ahead,
     /// A slice came since the series was last read back: what was lost to a fault of this machine is tried once more.
     retry_lost: bool,
 }
@@ -173,8 +216,12 @@ pub struct Assembler {
     series: HashMap<StudyHash, Series>,
     /// Stays of series in memory so far.
     epochs: u64,
-    /// The series that the inference worker has in hand.
-    running: Option<StudyHash>,
+    /// What the inference worker has in hand.
+    running: Option<Working>,
+    /// The series that the session computes ahead for.
+    ahead_owner: Option<StudyHash>,
+    /// Guesses worked for so far.
+    guesses: u64,
     /// Series whose content is in the journal only, and when it was asked for.
     deferred: BTreeMap<StudyHash, Option<Instant>>,
     /// Complete series among the deferred ones: they wait for the grace time again, not for the idle bound.
@@ -194,6 +241,8 @@ impl Assembler {
             series: HashMap::new(),
             epochs: 0,
             running: None,
+            ahead_owner: None,
+            guesses: 0,
             deferred: BTreeMap::new(),
             reread: BTreeSet::new(),
             backlog: VecDeque::new(),
@@ -235,6 +284,10 @@ impl Assembler {
                     self.recovered(&series, slices, published, lost);
                     Some(series)
                 }
+                Event::Arrival(ToAssembler::Unreadable { series, study, header }) => {
+                    self.unreadable(&series, &study, &header);
+                    Some(series)
+                }
                 Event::Arrival(ToAssembler::Seen { series, association }) => {
                     let now = self.now_ns();
                     if let Some(open) = self.series.get_mut(&series)
@@ -273,6 +326,9 @@ impl Assembler {
             if let Some(job) = &series.job {
                 job.cancel.cancel();
             }
+        }
+        if let Some(Working::Ahead { cancel, .. }) = &self.running {
+            cancel.cancel();
         }
     }
 
@@ -314,8 +370,9 @@ impl Assembler {
         self.feed_inference();
     }
 
-    /// Hands the worker one job at a time: complete series first, the longest complete first. A run of a series that
-    /// is not complete is cancelled when a complete one waits; it starts again later.
+    /// Hands the worker one job at a time: complete series first, the longest complete first, then guesses, then work
+    /// ahead of a run. A run of a series that is not complete is cancelled when a complete one waits, work ahead when
+    /// any run waits; they start again later.
     fn feed_inference(&mut self) {
         let next = self
             .series
@@ -323,25 +380,125 @@ impl Assembler {
             .filter(|(_, s)| s.job.as_ref().is_some_and(|j| j.pending.is_some()))
             .min_by_key(|(_, s)| (s.completed.is_none(), s.completed.map(|(_, at)| at), s.quiet_since))
             .map(|(key, s)| (key.clone(), s.completed.is_some()));
-        let Some((key, complete)) = next else { return };
-        if let Some(running) = &self.running {
-            if complete
-                && let Some(series) = self.series.get(running)
-                && series.completed.is_none()
-                && let Some(job) = &series.job
-            {
-                job.cancel.cancel();
-            }
+        let Some((key, complete)) = next else {
+            self.feed_ahead();
             return;
+        };
+        match &self.running {
+            Some(Working::Ahead { cancel, .. }) => {
+                cancel.cancel();
+                return;
+            }
+            Some(Working::Run(running)) => {
+                if complete
+                    && let Some(series) = self.series.get(running)
+                    && series.completed.is_none()
+                    && let Some(job) = &series.job
+                {
+                    job.cancel.cancel();
+                }
+                return;
+            }
+            None => {}
         }
         let Some(job) = self.series.get_mut(&key).and_then(|s| s.job.as_mut()) else { return };
         let Some(pending) = job.pending.take() else { return };
-        match self.channels.infer.try_send(pending) {
+        match self.channels.infer.try_send(ToInfer::Run(pending)) {
             Ok(()) => {
                 job.sent = true;
-                self.running = Some(key);
+                self.running = Some(Working::Run(key));
+                // The run overwrites what was computed ahead, or takes it over.
+                self.disown_ahead();
             }
-            Err(TrySendError::Full(pending) | TrySendError::Disconnected(pending)) => job.pending = Some(pending),
+            Err(TrySendError::Full(ToInfer::Run(pending)) | TrySendError::Disconnected(ToInfer::Run(pending))) => {
+                job.pending = Some(pending);
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// Forgets which planes the session was given ahead.
+    fn disown_ahead(&mut self) {
+        if let Some(owner) = self.ahead_owner.take()
+            && let Some(series) = self.series.get_mut(&owner)
+        {
+            series.ahead.planes = 0;
+            series.ahead.looked = 0;
+        }
+    }
+
+    /// Gives a free worker the planes that have become final. The series that has the session keeps it while slices
+    /// come; then the one that got a slice last has it.
+    fn feed_ahead(&mut self) {
+        let Some(grid) = self.options.ahead else { return };
+        if self.running.is_some() {
+            return;
+        }
+        let owner = self.ahead_owner.as_ref();
+        let kept = owner.filter(|owner| self.series.get(owner).is_some_and(Series::may_compute_ahead));
+        let next = kept.or_else(|| {
+            let open = self.series.iter().filter(|(_, s)| s.may_compute_ahead() && s.has_news_ahead());
+            open.max_by_key(|(_, s)| s.quiet_since).map(|(key, _)| key)
+        });
+        let Some(key) = next.cloned() else { return };
+        let limits = GeometryLimits {
+            min_slices: 2,
+            gap_factor: f64::INFINITY,
+            max_spacing_mm: f64::INFINITY,
+            ..self.options.limits.clone()
+        };
+        let Some(series) = self.series.get_mut(&key) else { return };
+        if !series.has_news_ahead() {
+            return;
+        }
+        series.ahead.looked = series.decoded;
+        let Some((prediction, planes)) = series.predict(&limits, grid) else {
+            if self.ahead_owner.as_ref() == Some(&key) {
+                series.ahead.planes = 0;
+                self.ahead_owner = None;
+            }
+            return;
+        };
+        let held: Vec<bool> = planes.iter().map(Option::is_some).collect();
+        let ready = prediction.ready(&held);
+        let count = ready.iter().filter(|r| **r).count();
+        let guess = match series.ahead.guess {
+            Some((earlier, number)) if earlier == prediction.guess => number,
+            earlier => {
+                if earlier.is_some() {
+                    events::AheadMispredicted { series: &key }.emit();
+                }
+                series.ahead.guess = None;
+                series.ahead.planes = 0;
+                self.guesses + 1
+            }
+        };
+        let missing = grid.planes.saturating_sub(series.ahead.planes);
+        if count < series.ahead.planes + (missing / 4).clamp(1, AHEAD_STEP_PLANES) {
+            return;
+        }
+        let mut by_place = vec![None; prediction.depth.slices()];
+        for (place, plane) in prediction.place.iter().zip(planes) {
+            by_place[*place] = plane;
+        }
+        let cancel = Arc::new(CancelToken::new());
+        let job = AheadJob {
+            series: key.clone(),
+            epoch: series.epoch,
+            guess,
+            depth: prediction.depth,
+            planes: by_place,
+            ready,
+            cancel: Arc::clone(&cancel),
+        };
+        if self.channels.infer.try_send(ToInfer::Ahead(job)).is_ok() {
+            series.ahead.guess = Some((prediction.guess, guess));
+            self.guesses = self.guesses.max(guess);
+            if self.ahead_owner.as_ref() != Some(&key) {
+                self.disown_ahead();
+                self.ahead_owner = Some(key.clone());
+            }
+            self.running = Some(Working::Ahead { series: key, planes: count, cancel });
         }
     }
 
@@ -424,6 +581,7 @@ impl Assembler {
                 repeats: Vec::new(),
                 conflict: false,
                 lost: 0,
+                unreadable: false,
                 covered: 0,
                 version: 0,
                 published_version: 0,
@@ -439,6 +597,8 @@ impl Assembler {
                 decode_s: 0.0,
                 resample_s: 0.0,
                 hint: None,
+                decoded: 0,
+                ahead: Ahead::default(),
                 retry_lost: false,
             },
         );
@@ -489,6 +649,25 @@ impl Assembler {
             series.lose(key, lost);
         }
         events::RecoveryDone { series: 1, slices: total, cut_bytes: 0, took: started.elapsed() }.emit();
+    }
+
+    /// A series whose journal gives nothing back: it has no result, and says so.
+    fn unreadable(&mut self, key: &StudyHash, study: &StudyHash, header: &Arc<SliceHeader>) {
+        if !self.series.contains_key(key) && !self.make_room() {
+            self.deferred.insert(key.clone(), None);
+            return;
+        }
+        self.deferred.remove(key);
+        self.reread.remove(key);
+        self.open(key, study, header, false);
+        if let Some(series) = self.series.get_mut(key)
+            && !series.unreadable
+        {
+            series.unreadable = true;
+            series.changed(key);
+            // Whatever else comes cannot change that, so there is nothing to wait for.
+            series.completion.flush();
+        }
     }
 
     /// Files one object.
@@ -627,6 +806,7 @@ impl Assembler {
                 entry.slot = Some(slot);
                 entry.plane = plane;
                 entry.lung = Some(lung);
+                series.decoded += 1;
             }
             Ok(DecodedSlice::Same) => {}
             Ok(DecodedSlice::Different) => {
@@ -637,7 +817,25 @@ impl Assembler {
         key
     }
 
-    fn inferred(&mut self, done: InferDone) -> StudyHash {
+    fn inferred(&mut self, done: FromInfer) -> StudyHash {
+        match done {
+            FromInfer::Run(done) => self.run_ended(done),
+            FromInfer::Ahead(done) => self.ahead_ended(done),
+        }
+    }
+
+    fn ahead_ended(&mut self, done: AheadDone) -> StudyHash {
+        if let Some(Working::Ahead { series, planes, .. }) = self.running.take()
+            && done.finished
+            && let Some(open) = self.series.get_mut(&series).filter(|s| s.epoch == done.epoch)
+            && open.ahead.guess.is_some_and(|(_, number)| number == done.guess)
+        {
+            open.ahead.planes = planes;
+        }
+        done.series
+    }
+
+    fn run_ended(&mut self, done: InferDone) -> StudyHash {
         self.running = None;
         if let Some(series) = self.series.get_mut(&done.series).filter(|s| s.epoch == done.epoch)
             && let Some(job) = &mut series.job
@@ -821,6 +1019,12 @@ impl Assembler {
             return;
         }
         series.publishing = Some(version);
+        let slices = result.as_ref().map_or(series.entries.len(), |inferred| inferred.slices.len());
+        if let Some((Guess { slices: Some(expected), .. }, _)) = series.ahead.guess.take()
+            && expected != slices
+        {
+            events::AheadMispredicted { series: key }.emit();
+        }
         if speculative {
             events::SpeculationEnded { series: key, used: true }.emit();
         }
@@ -869,7 +1073,7 @@ impl Assembler {
 enum Event {
     Arrival(ToAssembler),
     Decoded(Decoded),
-    Inferred(InferDone),
+    Inferred(FromInfer),
     Published(Published),
     Tick,
     Stop,
@@ -915,7 +1119,58 @@ impl Series {
         }
     }
 
+    /// Whether slices still come and nothing of it runs. Without a bound on the quiet time two series that wait would
+    /// take the session from each other for ever.
+    fn may_compute_ahead(&self) -> bool {
+        self.version != self.published_version
+            && self.completed.is_none()
+            && self.job.is_none()
+            && self.publishing.is_none()
+            && !self.conflict
+            && self.lost == 0
+            && !self.over_bound
+            && self.quiet_since.elapsed() < Duration::from_millis(LULL_MS)
+    }
+
+    /// Whether enough slices were decoded since the last look to look again.
+    fn has_news_ahead(&self) -> bool {
+        let nearly_all = self.hint.is_some_and(|count| count.saturating_sub(self.decoded as u64) <= AHEAD_LAST_SLICES);
+        let news = if nearly_all { 1 } else { AHEAD_LOOK_SLICES };
+        self.decoded >= self.ahead.looked + news
+    }
+
+    /// What the series is expected to become, with the in-plane result of each slice of the stack, in depth order.
+    fn predict(&self, limits: &GeometryLimits, grid: ahead::Grid) -> Option<(Prediction, Vec<Option<SharedPlane>>)> {
+        let facts: Vec<SliceFacts> = self.entries.iter().map(|e| e.facts.clone()).collect();
+        let selection = select(&facts, limits).ok()?;
+        let stack = &selection.stack;
+        if stack.shear_px.is_some() || stack.tilt_deg > AHEAD_MAX_TILT_DEG {
+            return None;
+        }
+        // Objects that are no part of the stack count, too, where objects are counted.
+        let others = self.entries.len() - selection.ordered.len();
+        let count = match self.hint {
+            Some(hint) => Some(usize::try_from(hint).ok()?.checked_sub(others)?),
+            None => None,
+        };
+        if count.is_some_and(|n| n > limits.max_slices) {
+            return None;
+        }
+        // Entries are filed in the order of arrival.
+        let arrival: Vec<u64> = selection.ordered.iter().map(|i| *i as u64).collect();
+        let prediction = ahead::predict(&stack.depth_mm, &arrival, count, grid)?;
+        let planes = selection.ordered.iter().map(|i| self.entries[*i].plane.clone()).collect();
+        Some((prediction, planes))
+    }
+
     fn plan(&self, limits: &GeometryLimits) -> Result<(Selection, Vec<SliceHandle>), Refusal> {
+        if self.unreadable {
+            return Err(Refusal::new(
+                Reason::Internal,
+                "the journal of the series is damaged on the disk; send it again under a new SeriesInstanceUID"
+                    .to_owned(),
+            ));
+        }
         if self.lost > 0 {
             return Err(Refusal::new(
                 Reason::Internal,

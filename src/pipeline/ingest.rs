@@ -15,6 +15,8 @@
 //! Deliberately absent: pixel decoding.
 
 use std::collections::{HashMap, HashSet};
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -29,7 +31,7 @@ use crate::dicom::scp::{AssociationHandler, AssociationInfo, HandlerFactory, Scp
 use crate::telemetry::events::Stage;
 use crate::telemetry::{StudyHash, StudyHasher, events, incidents};
 use crate::volume::journal::{
-    JournalError, JournalReader, JournalWriter, OwnedRecordHead, RecordHead, RecordKind, RecordRef,
+    JournalError, JournalReader, JournalWriter, OwnedRecordHead, RecordHead, RecordKind, RecordRef, no_space,
 };
 
 /// Records one sync may cover. Bounded by the associations that can wait: 64 x 512 KiB is 32 MiB of dirty pages.
@@ -42,8 +44,13 @@ pub const JOURNAL_FILE: &str = "journal";
 pub const VOLUME_PREFIX: &str = "volume-";
 /// File beside the journal that holds its length when everything in it was published.
 pub const PUBLISHED_FILE: &str = "published";
+/// File beside the journal that says whose series it is, for the day when the journal cannot be read.
+pub const IDENTITY_FILE: &str = "identity";
 /// Open journals of one thread; the least recently used is closed beyond it (it is reopened when needed).
 pub const MAX_OPEN_JOURNALS: usize = 256;
+
+/// Bytes of an [`IDENTITY_FILE`] that are read: two UIDs of 64, a hash of 32, and names; each may be escaped.
+const MAX_IDENTITY: u64 = 4096;
 
 /// When a slice may be acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +123,15 @@ pub enum ToAssembler {
         published: Option<PublishedNote>,
         /// Acknowledged objects that the disk no longer gives back.
         lost: u64,
+    },
+    /// Nothing of the series can be read back from its journal.
+    Unreadable {
+        /// Hash of the SeriesInstanceUID.
+        series: StudyHash,
+        /// Hash of the StudyInstanceUID.
+        study: StudyHash,
+        /// Its identifiers.
+        header: Arc<SliceHeader>,
     },
     /// An object that is there already came again: its sender is still at work.
     Seen {
@@ -287,6 +303,51 @@ enum AppendError {
     Folder(std::io::Error),
 }
 
+impl AppendError {
+    fn is_no_space(&self) -> bool {
+        match self {
+            AppendError::Journal(error) => error.is_no_space(),
+            AppendError::Folder(error) => no_space(error),
+            AppendError::Bound(_) => false,
+        }
+    }
+}
+
+/// Whose series it is; the text of [`IDENTITY_FILE`].
+#[derive(Serialize, Deserialize)]
+struct Identity {
+    study_instance_uid: String,
+    series_instance_uid: String,
+    /// Hash of `study_instance_uid`: with the folder's name, the hash of the other one, it proves the text whole.
+    study: String,
+}
+
+impl Identity {
+    /// Written before the journal is made, whose making syncs the folder.
+    fn write(path: &Path, header: &SliceHeader, study: &StudyHash, durability: Durability) -> std::io::Result<()> {
+        let identity = Self {
+            study_instance_uid: header.study_instance_uid.clone(),
+            series_instance_uid: header.series_instance_uid.clone(),
+            study: study.as_str().to_owned(),
+        };
+        let text = serde_json::to_vec(&identity)?;
+        let mut options = std::fs::OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        file.write_all(&text)?;
+        if durability == Durability::Fsync { file.sync_all() } else { Ok(()) }
+    }
+
+    /// What the file says of `series`, if it is there and whole.
+    fn read(path: &Path, series: &StudyHash, hasher: &StudyHasher) -> Option<(StudyHash, SliceHeader)> {
+        let mut text = Vec::new();
+        std::fs::File::open(path).ok()?.take(MAX_IDENTITY).read_to_end(&mut text).ok()?;
+        let identity: Self = serde_json::from_slice(&text).ok()?;
+        let study = hasher.hash(&identity.study_instance_uid);
+        let whole = study.as_str() == identity.study && hasher.hash(&identity.series_instance_uid) == *series;
+        whole.then(|| (study, SliceHeader::of_series(identity.study_instance_uid, identity.series_instance_uid)))
+    }
+}
+
 struct OpenJournal {
     writer: JournalWriter,
     reader: JournalReader,
@@ -404,7 +465,7 @@ impl JournalThread {
             Err(error) => {
                 let reason = match &error {
                     AppendError::Bound(_) => "bound",
-                    AppendError::Journal(JournalError::NoSpace { .. }) => "no_space",
+                    error if error.is_no_space() => "no_space",
                     AppendError::Journal(_) | AppendError::Folder(_) => "journal",
                 };
                 events::SliceRefused { reason, status: StoreStatus::OutOfResources.code() }.emit();
@@ -426,7 +487,7 @@ impl JournalThread {
         if self.broken.contains(&request.series) {
             return Err(AppendError::Bound("the journal could not be cut back after a failed sync".to_owned()));
         }
-        let journal = self.journal(&request.series)?;
+        let journal = self.journal(&request.series, Some((&request.header, &request.study)))?;
         if let Some(earlier) = journal.seen.get(&request.header.sop_instance_uid) {
             let mut stored = Vec::new();
             for record in earlier.iter().filter(|r| r.payload_len == size) {
@@ -477,8 +538,13 @@ impl JournalThread {
         self.options.series_dir.join(series.as_str()).join(JOURNAL_FILE)
     }
 
-    /// The open journal of `series`: created, or reopened and its content handed to the assembler first.
-    fn journal(&mut self, series: &StudyHash) -> Result<&mut OpenJournal, AppendError> {
+    /// The open journal of `series`: created (of the series that `of` says it is), or reopened and its content handed to
+    /// the assembler first.
+    fn journal(
+        &mut self,
+        series: &StudyHash,
+        of: Option<(&SliceHeader, &StudyHash)>,
+    ) -> Result<&mut OpenJournal, AppendError> {
         self.uses += 1;
         if !self.open.contains_key(series) {
             if self.open.len() >= MAX_OPEN_JOURNALS
@@ -494,6 +560,10 @@ impl JournalThread {
             } else {
                 if let Some(folder) = path.parent() {
                     std::fs::create_dir_all(folder).map_err(AppendError::Folder)?;
+                }
+                if let Some((header, study)) = of {
+                    let identity = path.with_file_name(IDENTITY_FILE);
+                    Identity::write(&identity, header, study, self.options.durability).map_err(AppendError::Folder)?;
                 }
                 let writer = JournalWriter::create(&path)?;
                 sync_dir(&self.options.series_dir).map_err(AppendError::Folder)?;
@@ -535,7 +605,21 @@ impl JournalThread {
                 }
             }
         }
+        if slices.is_empty()
+            && lost > 0
+            && published.is_none()
+            && let Some(unreadable) = self.unreadable(series)
+        {
+            return Ok((journal, unreadable));
+        }
         Ok((journal, ToAssembler::Recovered { series: series.clone(), slices, published, lost }))
+    }
+
+    /// What is left to say of a series whose journal gives nothing back; `None` if it is not known whose it is.
+    fn unreadable(&self, series: &StudyHash) -> Option<ToAssembler> {
+        let path = self.path(series).with_file_name(IDENTITY_FILE);
+        let (study, header) = Identity::read(&path, series, &self.hasher)?;
+        Some(ToAssembler::Unreadable { series: series.clone(), study, header: Arc::new(header) })
     }
 
     fn read_back(
@@ -579,24 +663,37 @@ impl JournalThread {
         }
         match self.reopen(series) {
             Ok((journal, recovered)) => {
-                let ToAssembler::Recovered { slices, published, .. } = &recovered else { return };
-                let done = published.as_ref().is_some_and(|p| p.covered > journal.last_dataset);
-                if done || slices.is_empty() {
-                    return;
+                if let ToAssembler::Recovered { slices, published, .. } = &recovered {
+                    let done = published.as_ref().is_some_and(|p| p.covered > journal.last_dataset);
+                    if done || slices.is_empty() {
+                        return;
+                    }
                 }
                 self.open.insert(series.clone(), journal);
                 let _ = self.assembler.send(recovered);
             }
-            Err(error) => incidents::JournalFailed { operation: "recover", detail: &error.to_string() }.emit(),
+            Err(error) => self.cannot_read_back("recover", series, &error),
+        }
+    }
+
+    /// Reports that a journal could not be opened, and to the assembler if that is final.
+    fn cannot_read_back(&self, operation: &'static str, series: &StudyHash, error: &JournalError) {
+        incidents::JournalFailed { operation, detail: &error.to_string() }.emit();
+        if error.is_unreadable()
+            && let Some(message) = self.unreadable(series)
+        {
+            let _ = self.assembler.send(message);
         }
     }
 
     /// Closes the journal if it is open, reads it back and forwards everything in it.
     fn resend(&mut self, series: &StudyHash) {
         self.open.remove(series);
-        if let Err(error) = self.journal(series) {
+        match self.journal(series, None) {
+            Ok(_) => {}
+            Err(AppendError::Journal(error)) => self.cannot_read_back("resend", series, &error),
             // The assembler asks again.
-            incidents::JournalFailed { operation: "resend", detail: &error.to_string() }.emit();
+            Err(error) => incidents::JournalFailed { operation: "resend", detail: &error.to_string() }.emit(),
         }
     }
 
@@ -622,7 +719,7 @@ impl JournalThread {
     fn note(&mut self, series: &StudyHash, note: &PublishedNote) {
         let payload = serde_json::to_vec(note).unwrap_or_default();
         let fsync = self.options.durability == Durability::Fsync;
-        let written = self.journal(series).and_then(|journal| {
+        let written = self.journal(series, None).and_then(|journal| {
             let head = RecordHead {
                 kind: RecordKind::Note,
                 transfer_syntax_uid: "",
@@ -840,6 +937,33 @@ impl HandlerFactory for StoreFactory {
             ScpEvent::OperationRefused => events::ProtocolViolated { kind: "operation" }.emit(),
             ScpEvent::ConnectionDropped => events::ProtocolViolated { kind: "connection_dropped" }.emit(),
             ScpEvent::HandlerPanicked => events::PanicContained { stage: "ingest", series: None }.emit(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_counts_only_whole_and_in_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(IDENTITY_FILE);
+        let hasher = StudyHasher::new([7; 32]);
+        let (study, series) = (hasher.hash("1.2.3"), hasher.hash("1.2.3.4"));
+        assert!(Identity::read(&path, &series, &hasher).is_none());
+        let header = SliceHeader::of_series("1.2.3".to_owned(), "1.2.3.4".to_owned());
+        Identity::write(&path, &header, &study, Durability::Fsync).unwrap();
+        assert_eq!(Identity::read(&path, &series, &hasher), Some((study.clone(), header)));
+        assert!(Identity::read(&path, &study, &hasher).is_none(), "another series' folder");
+        let text = std::fs::read(&path).unwrap();
+        for at in 0..text.len() {
+            let mut torn = text.clone();
+            torn[at] ^= 0x01;
+            std::fs::write(&path, &torn).unwrap();
+            assert!(Identity::read(&path, &series, &hasher).is_none(), "byte {at}");
+            std::fs::write(&path, &text[..at]).unwrap();
+            assert!(Identity::read(&path, &series, &hasher).is_none(), "cut at {at}");
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::dicom::header::SliceHeader;
-use crate::engine::{CancelToken, Inference};
+use crate::engine::{CancelToken, Inference, Reuse};
 use crate::explain::Cam;
 use crate::pipeline::planes::SharedPlane;
 use crate::resample::lung::{LungReport, SliceLung};
@@ -102,6 +102,56 @@ pub struct SliceHandle {
     pub lung: SliceLung,
 }
 
+/// Compute the first layers on planes that are final already.
+#[derive(Debug)]
+pub struct AheadJob {
+    /// The series.
+    pub series: StudyHash,
+    /// Which stay of the series in memory this belongs to.
+    pub epoch: u64,
+    /// Number of the guess: planes gathered for the same one need not be gathered again.
+    pub guess: u64,
+    /// The plan of the finished stack, as guessed.
+    pub depth: DepthPlan,
+    /// In-plane results by place in the finished stack, those that are there.
+    pub planes: Vec<Option<SharedPlane>>,
+    /// Planes of the network's input that are final.
+    pub ready: Vec<bool>,
+    /// Set when a run waits.
+    pub cancel: Arc<CancelToken>,
+}
+
+/// What became of an [`AheadJob`].
+#[derive(Debug)]
+pub struct AheadDone {
+    /// The series.
+    pub series: StudyHash,
+    /// Which stay of the series in memory this belongs to.
+    pub epoch: u64,
+    /// Number of the guess.
+    pub guess: u64,
+    /// Whether all that the planes allow is done.
+    pub finished: bool,
+}
+
+/// What the inference worker is given.
+#[derive(Debug)]
+pub enum ToInfer {
+    /// A whole run.
+    Run(InferJob),
+    /// Work ahead of one.
+    Ahead(AheadJob),
+}
+
+/// What it answers.
+#[derive(Debug)]
+pub enum FromInfer {
+    /// To a run.
+    Run(InferDone),
+    /// To work ahead.
+    Ahead(AheadDone),
+}
+
 /// Gather, infer.
 #[derive(Debug)]
 pub struct InferJob {
@@ -139,6 +189,8 @@ pub struct Judged {
     pub inference: Inference,
     /// The activation map of the predicted class.
     pub cam: Cam,
+    /// How much of the run had been done ahead.
+    pub reuse: Reuse,
     /// What the lung check says of the volume.
     pub lung: LungReport,
     /// Where the planes lie.
@@ -151,6 +203,13 @@ pub struct Judged {
     pub infer_s: f64,
     /// Seconds of the activation map.
     pub cam_s: f64,
+}
+
+impl Judged {
+    /// Share of what can be computed ahead that was; `None` when the backend does nothing ahead.
+    pub fn reused_share(&self) -> Option<f64> {
+        (self.reuse.ahead_macs > 0).then(|| self.reuse.share())
+    }
 }
 
 /// A judged series with its slices.

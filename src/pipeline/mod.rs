@@ -5,6 +5,7 @@
 //!
 //! This module alone knows every stage.
 
+pub mod ahead;
 pub mod assembler;
 pub mod folder;
 pub mod ingest;
@@ -26,7 +27,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::config::Config;
 use crate::dicom::scp::{ScpError, ScpServer};
-use crate::engine::{Backend, EngineError, EngineOptions, prepare};
+use crate::engine::priority::lower_this_thread;
+use crate::engine::{Backend, EngineError, prepare};
 use crate::model::{Model, ModelError};
 use crate::report::calibration::CalibrationError;
 use crate::report::outbox::Outbox;
@@ -194,6 +196,20 @@ impl Daemon {
         model: &Model,
         observer: Option<Sender<ResultNotice>>,
     ) -> Result<Self, StartError> {
+        let backend = prepare(config.model.backend, model, &config.model.engine_options())?;
+        Self::start_on(config, model, backend.as_ref(), observer)
+    }
+
+    /// As [`Daemon::start_with`], with a backend prepared for `model`; a session of it is opened and kept.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn start_on(
+        config: &Config,
+        model: &Model,
+        backend: &dyn Backend,
+        observer: Option<Sender<ResultNotice>>,
+    ) -> Result<Self, StartError> {
         let metrics = MetricsHandle::install()?;
         let data_dir = config.data_dir.clone();
         let series_dir = data_dir.join("series");
@@ -203,8 +219,6 @@ impl Daemon {
         }
         let hasher = StudyHasher::load_or_create(&data_dir.join("hash.key"))?;
         let store = Store::open(&data_dir.join("darnet.sqlite"))?;
-        let options = EngineOptions { threads: config.model.threads };
-        let backend = prepare(config.model.backend, model, &options)?;
         let backend_name = backend.name();
         let backend_note = backend.note().map(str::to_owned);
         let ended = Ended::default();
@@ -239,14 +253,21 @@ impl Daemon {
             spawn(format!("decode-{n}"), Box::new(move || workers::decode_worker(&jobs, &next, &back)))?;
         }
         drop((decode, resample_tx));
-        let judge = judge(model, backend.as_ref())?;
+        let judge = judge(model, backend)?;
         let window = judge.window();
         for n in 0..or_cores(config.assembly.resample_threads) {
             let (jobs, back, pool) = (resample.clone(), decoded_tx.clone(), pool.clone());
             spawn(format!("resample-{n}"), Box::new(move || workers::resample_worker(&jobs, &back, &pool, &window)))?;
         }
         drop((resample, decoded_tx));
-        spawn("infer".to_owned(), Box::new(move || workers::infer_worker(&infer, &inferred_tx, judge)))?;
+        let nice = config.model.nice;
+        let infer = move || {
+            if let Err(error) = lower_this_thread(nice) {
+                incidents::PriorityKept { detail: &error.kind().to_string() }.emit();
+            }
+            workers::infer_worker(&infer, &inferred_tx, judge);
+        };
+        spawn("infer".to_owned(), Box::new(infer))?;
 
         let journal_options = JournalOptions {
             series_dir: series_dir.clone(),
@@ -275,6 +296,11 @@ impl Daemon {
                 input_hw: [height, width],
                 crop_fraction: model.manifest.preprocessing.crop_fraction,
                 speculate: config.assembly.speculate,
+                ahead: config.assembly.compute_ahead.then_some(ahead::Grid {
+                    depth_grid: model.manifest.preprocessing.depth_grid,
+                    direction: model.manifest.preprocessing.slice_direction,
+                    planes: architecture.input_dhw[0],
+                }),
             },
             AssemblerChannels {
                 arrivals,
@@ -324,6 +350,7 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION"),
             commit: option_env!("DARNET_COMMIT").unwrap_or("unknown"),
             backend: backend_name,
+            instruction_set: backend.instruction_set(),
             model: &model.manifest.id,
             intended_use: &model.manifest.intended_use,
         }

@@ -209,12 +209,17 @@ fn to_json(document: &ResultDocument) -> Result<String, StoreError> {
 pub struct ResultNotice {
     /// The document as stored and sent.
     pub document: Value,
+    /// New editions of the results of other series of the study that became live or ceased to be by it, as stored and
+    /// sent.
+    pub restated: Vec<Value>,
     /// Seconds from the last P-DATA byte to the commit.
     pub last_slice_to_alert_s: f64,
     /// Seconds of it that were waiting for completion.
     pub completion_wait_s: f64,
     /// Seconds of the network.
     pub infer_s: f64,
+    /// Share of what can be computed ahead that was, if anything can be.
+    pub reused_share: Option<f64>,
     /// Where the pictures will be.
     pub results_dir: PathBuf,
     /// Closed when the pictures are made.
@@ -478,16 +483,17 @@ impl Publisher {
                 raised(&job.study, &document.alert);
             }
         }
-        self.journals.note(
-            job.series.clone(),
-            PublishedNote {
+        // An outcome that covers nothing is that of a journal that cannot be read, nor written to.
+        if job.covered > 0 {
+            let note = PublishedNote {
                 revision: committed.revision,
                 covered: job.covered,
                 distinct: job.slices as u64,
                 conflict: job.conflict,
                 result_uid: committed.document.result_uid.clone(),
-            },
-        );
+            };
+            self.journals.note(job.series.clone(), note);
+        }
         self.after(job, &report, committed, last_slice_to_alert);
         message
     }
@@ -498,6 +504,7 @@ impl Publisher {
         let (done, rendered) = bounded(0);
         let completion_wait = job.timing.completed_at.duration_since(job.timing.last_pdata_at);
         let infer_s = job.result.as_ref().map_or(0.0, |i| i.judged.infer_s);
+        let reused_share = job.result.as_ref().ok().and_then(|i| i.judged.reused_share());
         if let (Some(render), Ok(inferred)) = (&self.render, job.result) {
             let render_job = RenderJob {
                 series: job.series.clone(),
@@ -514,9 +521,15 @@ impl Publisher {
         if let Some(observer) = &self.observer {
             let notice = ResultNotice {
                 document: serde_json::to_value(&committed.document).unwrap_or_default(),
+                restated: committed
+                    .restated
+                    .iter()
+                    .filter_map(|r| serde_json::from_str(&r.record.document).ok())
+                    .collect(),
                 last_slice_to_alert_s: last_slice_to_alert.as_secs_f64(),
                 completion_wait_s: completion_wait.as_secs_f64(),
                 infer_s,
+                reused_share,
                 results_dir: dir,
                 rendered,
             };
@@ -582,6 +595,7 @@ impl Publisher {
             ResultLatency {
                 last_slice_to_alert_ms: Some(job.timing.last_pdata_at.elapsed().as_secs_f64() * 1e3),
                 completion_wait_ms: Some(completion_wait.as_secs_f64() * 1e3),
+                reused_share: job.result.as_ref().ok().and_then(|i| i.judged.reused_share()),
             },
             report.clone(),
             created_at_ms,
@@ -810,7 +824,7 @@ mod tests {
             Outcome::NoResult => SeriesReport::no_result(series, &Refusal::new(Reason::Gap, "a hole"), 100),
         };
         let alert = AlertPolicy::default().decide(&report, &Calibration::none(), false);
-        let latency = ResultLatency { last_slice_to_alert_ms: None, completion_wait_ms: None };
+        let latency = ResultLatency::default();
         let mut document =
             ResultDocument::new(&hasher.hash("1"), model("a"), "cpu", "released", alert, latency, report, 5);
         document.reconstruction = Some(r);

@@ -16,9 +16,12 @@ use crate::dicom::decode::PixelDecoder;
 use crate::engine::{CancelToken, EngineError, Inference, Session};
 use crate::explain::class_activation_map;
 use crate::model::manifest::Preprocessing;
-use crate::pipeline::jobs::{DecodeJob, DecodeTask, Decoded, DecodedSlice, InferDone, InferJob, Inferred, Judged};
-use crate::pipeline::planes::PlanePool;
-use crate::resample::cpu::{SlicesToGather, Window, gather_slices, in_plane};
+use crate::pipeline::jobs::{
+    AheadDone, AheadJob, DecodeJob, DecodeTask, Decoded, DecodedSlice, FromInfer, InferDone, InferJob, Inferred,
+    Judged, ToInfer,
+};
+use crate::pipeline::planes::{PlanePool, SharedPlane};
+use crate::resample::cpu::{SlicesToGather, Window, gather_plane, gather_slices, in_plane};
 use crate::resample::lung::{self, LungCheck, SliceLung};
 use crate::resample::plan::{DepthPlan, InPlanePlan};
 use crate::telemetry::events::{self, Stage};
@@ -167,6 +170,8 @@ pub struct Judge {
     session: Box<dyn Session>,
     input: Vec<f32>,
     scratch: Vec<f32>,
+    /// The guess that `input` was gathered for ahead of a run, and the planes that were.
+    gathered: Option<(u64, Vec<bool>)>,
 }
 
 /// A volume ready for [`Judge::judge`].
@@ -198,6 +203,7 @@ impl Judge {
             session,
             input: vec![0.0; input_dhw.iter().product()],
             scratch: Vec::new(),
+            gathered: None,
         }
     }
 
@@ -234,11 +240,56 @@ impl Judge {
         let gather_s = started.elapsed().as_secs_f64();
         let Some(judged) = self.infer(volume.cancel)? else { return Ok(None) };
         let (inference, cam, infer_s, cam_s) = judged;
-        Ok(Some(Judged { inference, cam, lung, depth, in_plane: plan, gather_s, infer_s, cam_s }))
+        let reuse = self.session.reuse();
+        Ok(Some(Judged { inference, cam, reuse, lung, depth, in_plane: plan, gather_s, infer_s, cam_s }))
+    }
+
+    /// Gathers the planes marked in `ready`, with the sums that [`Judge::judge`] would make, and computes ahead on them.
+    /// `planes` are the in-plane results by place in the finished stack. Planes that an earlier call with the same number
+    /// of a `guess` gathered are there still, unless a run came between.
+    ///
+    /// # Errors
+    /// As [`Session::advance`].
+    ///
+    /// # Panics
+    /// When a marked plane needs a slice that is not in `planes`, or a length does not fit the plan.
+    pub fn advance(
+        &mut self,
+        guess: u64,
+        depth: &DepthPlan,
+        planes: &[Option<SharedPlane>],
+        ready: &[bool],
+        cancel: &CancelToken,
+    ) -> Result<(), EngineError> {
+        let [d, h, w] = self.input_dhw;
+        assert!(depth.planes() == d && ready.len() == d, "one flag a plane");
+        assert_eq!(planes.len(), depth.slices(), "one entry a slice");
+        let mut gathered = match self.gathered.take() {
+            Some((earlier, gathered)) if earlier == guess => gathered,
+            _ => vec![false; d],
+        };
+        let planes: Vec<&[f32]> = planes.iter().map(|p| p.as_ref().map_or(&[][..], |p| p.values())).collect();
+        for (plane, out) in self.input.chunks_exact_mut(h * w).enumerate() {
+            if ready[plane] && !gathered[plane] {
+                gather_plane(depth, plane, &planes, out);
+                gathered[plane] = true;
+            }
+            if cancel.is_cancelled() {
+                break;
+            }
+        }
+        // A plane is marked for the network only once it is gathered.
+        let ready: Vec<bool> = ready.iter().zip(&gathered).map(|(r, g)| *r && *g).collect();
+        self.gathered = Some((guess, gathered));
+        if cancel.is_cancelled() {
+            return Err(EngineError::Cancelled);
+        }
+        self.session.advance(&self.input, &ready, cancel)
     }
 
     /// Fills the input.
     fn gather(&mut self, volume: &VolumeToJudge<'_>, plan: &InPlanePlan, depth: &DepthPlan) {
+        self.gathered = None;
         let window = self.window();
         let shear_px = volume.stack.shear_px.as_deref();
         let slices = SlicesToGather { hu: volume.hu, planes: volume.planes, shear_px };
@@ -250,6 +301,7 @@ impl Judge {
     /// # Errors
     /// As [`Judge::judge`].
     pub fn judge_tensor(&mut self, input: &[f32]) -> Result<(Inference, crate::explain::Cam, f64, f64), Refusal> {
+        self.gathered = None;
         self.input.copy_from_slice(input);
         let done = self.infer(&CancelToken::new())?;
         done.ok_or_else(|| Refusal::new(Reason::Internal, "the run was cancelled"))
@@ -285,13 +337,36 @@ pub fn predicted(logits: &[f32]) -> usize {
 }
 
 /// The inference worker; ends when its queue closes.
-pub fn infer_worker(jobs: &Receiver<InferJob>, done: &Sender<InferDone>, mut judge: Judge) {
+pub fn infer_worker(jobs: &Receiver<ToInfer>, done: &Sender<FromInfer>, mut judge: Judge) {
     while let Ok(job) = jobs.recv() {
-        let result = contained(|| infer_one(&mut judge, &job));
-        if done.send(InferDone { series: job.series, epoch: job.epoch, version: job.version, result }).is_err() {
+        let answer = match job {
+            ToInfer::Run(job) => {
+                let result = contained(|| infer_one(&mut judge, &job));
+                FromInfer::Run(InferDone { series: job.series, epoch: job.epoch, version: job.version, result })
+            }
+            ToInfer::Ahead(job) => {
+                let finished = ahead_one(&mut judge, &job);
+                FromInfer::Ahead(AheadDone { series: job.series, epoch: job.epoch, guess: job.guess, finished })
+            }
+        };
+        if done.send(answer).is_err() {
             return;
         }
     }
+}
+
+/// Whether all that the planes allow is done. A fault here is no fault of the series: its run is still to come.
+fn ahead_one(judge: &mut Judge, job: &AheadJob) -> bool {
+    let started = Instant::now();
+    let done = contained(|| Ok(judge.advance(job.guess, &job.depth, &job.planes, &job.ready, &job.cancel)));
+    let result = match &done {
+        Ok(Ok(())) => "done",
+        Ok(Err(EngineError::Cancelled)) => "cancelled",
+        Ok(Err(_)) | Err(_) => "failed",
+    };
+    let planes = job.ready.iter().filter(|r| **r).count();
+    events::AheadAdvanced { series: &job.series, planes, result, took: started.elapsed() }.emit();
+    result == "done"
 }
 
 fn infer_one(judge: &mut Judge, job: &InferJob) -> Result<Option<Box<Inferred>>, Refusal> {
@@ -309,5 +384,8 @@ fn infer_one(judge: &mut Judge, job: &InferJob) -> Result<Option<Box<Inferred>>,
     events::StageTimed { stage: Stage::Resample, took: Duration::from_secs_f64(judged.gather_s) }.emit();
     events::StageTimed { stage: Stage::Infer, took: Duration::from_secs_f64(judged.infer_s) }.emit();
     events::StageTimed { stage: Stage::Explain, took: Duration::from_secs_f64(judged.cam_s) }.emit();
+    if let Some(share) = judged.reused_share() {
+        events::AheadReused { series: &job.series, share }.emit();
+    }
     Ok(Some(Box::new(Inferred { judged, stack: job.stack.clone(), slices: job.slices.clone() })))
 }

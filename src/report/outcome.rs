@@ -257,6 +257,9 @@ pub struct ResultLatency {
     pub last_slice_to_alert_ms: Option<f64>,
     /// The part of it spent waiting for completion.
     pub completion_wait_ms: Option<f64>,
+    /// Share of what can be computed ahead of the last slice that the run took over, 0 to 1; null when there was no run,
+    /// or the backend does nothing ahead.
+    pub reused_share: Option<f64>,
 }
 
 const fn first_edition() -> u32 {
@@ -440,7 +443,11 @@ mod tests {
             threshold: Some(0.5),
             why: "test".into(),
         };
-        let latency = ResultLatency { last_slice_to_alert_ms: Some(2100.5), completion_wait_ms: Some(2000.25) };
+        let latency = ResultLatency {
+            last_slice_to_alert_ms: Some(2100.5),
+            completion_wait_ms: Some(2000.25),
+            reused_share: Some(0.875),
+        };
         let study = StudyHasher::new([1; 32]).hash("1.2");
         ResultDocument::new(&study, model("demo"), "cpu", "released", alert, latency, report, at)
     }
@@ -462,6 +469,7 @@ mod tests {
         assert_eq!((&json["revision"], &json["live"]), (&2.into(), &true.into()));
         assert_eq!(json["completion"]["cause"], "released");
         assert_eq!(json["latency"]["completion_wait_ms"], 2000.25);
+        assert_eq!(json["latency"]["reused_share"], 0.875);
         assert_eq!(json["alert"]["level"], "urgent");
         assert!(json["notice"].as_str().unwrap().contains("not for diagnosis"));
     }

@@ -36,6 +36,15 @@
 //! extent runs from `d_0 - s/2` to `d_{n-1} + s/2`, and Pillow's resize along depth gives the same numbers. For
 //! `fixed_mm`, a plane outside `[e_0, e_n]` is beyond the scan: no weights, value 0.0, which is what the window makes of
 //! air.
+//!
+//! Written positions are decimals of a uniform series, rounded, and their differences are rounded once more in binary. So
+//! that the weights do not hang on that, they are computed from positions freed of it:
+//!
+//! - `fit`, when every slice lies on the line of equal steps from first to last within [`even_tolerance_mm`]: the
+//!   positions are the whole numbers `0..n` and the step is 1. The weights then depend on `n`, `D` and the direction
+//!   alone, so they can be known before the last slice is there.
+//! - `fixed_mm`: distances from the end slice that the grid starts at, rounded to [`POSITION_QUANTUM_MM`]. The weights of
+//!   a plane depend on the slices around it and on that end slice alone.
 
 use crate::model::manifest::{DepthGrid, SliceDirection};
 use crate::volume::geometry::InPlaneOrientation;
@@ -43,6 +52,63 @@ use crate::volume::refusal::{Reason, Refusal};
 
 /// Largest side of an image a plan is made for: DICOM's Rows and Columns are 16-bit.
 pub const MAX_SIDE: u32 = 65_535;
+
+/// Distances are rounded to this before the weights of a fixed grid are computed: a micrometre, 1/600 of the thinnest
+/// slice distance and a thousandth of what any scanner's table keeps.
+pub const POSITION_QUANTUM_MM: f64 = 1e-3;
+/// What is added before rounding down to a quantum. Not one half: a position of up to six decimals, 1/1000 of the
+/// quantum, then never lies on the border between two quanta, where the last bit of a difference would decide.
+const QUANTUM_OFFSET: f64 = 0.4995;
+/// A slice nearer than this to the line of equal steps is on it, millimetres. Positions rounded to 0.1 mm are off by 0.05
+/// each, and so is the line between the two end slices.
+pub const EVEN_MM: f64 = 0.1;
+/// … and nearer than this share of the filter's half-width, so that no weight moves by more than 2 % of the largest.
+pub const EVEN_SHARE: f64 = 0.02;
+
+/// How far a slice may lie from the line of equal steps to count as on it: `slices` of `step_mm` for `out_d` planes.
+pub fn even_tolerance_mm(step_mm: f64, slices: usize, out_d: usize) -> f64 {
+    let pitch = step_mm * slices as f64 / out_d as f64;
+    EVEN_MM.min(EVEN_SHARE * step_mm.max(pitch))
+}
+
+/// The step of the line from the first to the last slice if all lie on it; at least two slices.
+fn even_step_mm(depth_mm: &[f64], out_d: usize) -> Option<f64> {
+    let n = depth_mm.len();
+    let step = (depth_mm[n - 1] - depth_mm[0]) / (n - 1) as f64;
+    let tolerance = even_tolerance_mm(step, n, out_d);
+    let on_line = |(i, d): (usize, &f64)| (d - depth_mm[0] - i as f64 * step).abs() <= tolerance;
+    depth_mm.iter().enumerate().all(on_line).then_some(step)
+}
+
+fn quantised_mm(distance_mm: f64) -> f64 {
+    (distance_mm / POSITION_QUANTUM_MM + QUANTUM_OFFSET).floor() * POSITION_QUANTUM_MM
+}
+
+/// Positions that the weights are computed from, and how they map back: `depth = start + position * unit`.
+struct Positions {
+    at: Vec<f64>,
+    start: f64,
+    unit: f64,
+}
+
+impl Positions {
+    fn new(depth_mm: &[f64], grid: DepthGrid, sign: f64, out_d: usize) -> Self {
+        let n = depth_mm.len();
+        let clean = match grid {
+            DepthGrid::Fit => even_step_mm(depth_mm, out_d).map(|step| Self {
+                at: (0..n).map(|i| i as f64).collect(),
+                start: depth_mm[0],
+                unit: step,
+            }),
+            DepthGrid::FixedMm(_) => {
+                let start = if sign > 0.0 { depth_mm[0] } else { depth_mm[n - 1] };
+                let at: Vec<f64> = depth_mm.iter().map(|d| sign * quantised_mm((d - start).abs())).collect();
+                at.windows(2).all(|p| p[1] > p[0]).then_some(Self { at, start, unit: 1.0 })
+            }
+        };
+        clean.unwrap_or_else(|| Self { at: depth_mm.to_vec(), start: 0.0, unit: 1.0 })
+    }
+}
 
 /// The crop box in oriented pixels, edge coordinates: pixel `i` covers `[i, i + 1)`. Sub-pixel edges are allowed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -369,12 +435,13 @@ impl DepthPlan {
         if !depth_mm.iter().all(|d| d.is_finite()) || depth_mm.windows(2).any(|p| p[1] <= p[0]) {
             return Err(Refusal::new(Reason::Internal, "slice positions are not finite and strictly increasing"));
         }
-        let edges = cell_edges(depth_mm);
-        let (low, high) = (edges[0], edges[n]);
         let sign = match direction {
             SliceDirection::FeetToHead => 1.0,
             SliceDirection::HeadToFeet => -1.0,
         };
+        let Positions { at, start, unit } = Positions::new(depth_mm, grid, sign, out_d);
+        let edges = cell_edges(&at);
+        let (low, high) = (edges[0], edges[n]);
         let (pitch, origin) = match grid {
             DepthGrid::Fit => {
                 let pitch = (high - low) / out_d as f64;
@@ -384,14 +451,14 @@ impl DepthPlan {
                 if !(pitch.is_finite() && pitch > 0.0) {
                     return Err(Refusal::new(Reason::Internal, "the fixed depth pitch is not positive"));
                 }
-                (pitch, if sign > 0.0 { depth_mm[0] } else { depth_mm[n - 1] })
+                (pitch, if sign > 0.0 { at[0] } else { at[n - 1] })
             }
         };
         let mut plan = Self {
-            pitch,
-            origin,
+            pitch: pitch * unit,
+            origin: start + origin * unit,
             sign,
-            edges: (low, high),
+            edges: (start + low * unit, start + high * unit),
             bounds: Vec::with_capacity(out_d + 1),
             slices: Vec::new(),
             weights: Vec::new(),
@@ -400,11 +467,11 @@ impl DepthPlan {
         plan.bounds.push(0);
         let mut row = Vec::new();
         for plane in 0..out_d {
-            let z = plan.depth_of_plane(plane as f64);
+            let z = origin + sign * plane as f64 * pitch;
             let inside = matches!(grid, DepthGrid::Fit) || (low..=high).contains(&z);
             if inside {
                 row.clear();
-                depth_weights(depth_mm, &edges, pitch, z, &mut row);
+                depth_weights(&at, &edges, pitch, z, &mut row);
                 let sum: f64 = row.iter().map(|(_, w)| w).sum();
                 plan.slices.extend(row.iter().map(|(i, _)| *i));
                 plan.weights.extend(row.iter().map(|(_, w)| (w / sum) as f32));

@@ -69,6 +69,8 @@ pub struct ServerStarted<'a> {
     pub commit: &'a str,
     /// Inference backend in use.
     pub backend: &'a str,
+    /// Instruction set of its kernels, if that says anything.
+    pub instruction_set: &'a str,
     /// Model id.
     pub model: &'a str,
     /// What the model's manifest says it is for.
@@ -82,6 +84,7 @@ impl ServerStarted<'_> {
             version = self.version,
             commit = self.commit,
             backend = self.backend,
+            instruction_set = self.instruction_set,
             model = self.model,
             intended_use = self.intended_use,
             "server started"
@@ -417,6 +420,60 @@ impl SpeculationEnded<'_> {
         let result = if self.used { "used" } else { "cancelled" };
         debug!(series = %self.series, result, "speculative inference ended");
         counter!(names::SPECULATIONS, "result" => result).increment(1);
+    }
+}
+
+/// A step of computing ahead of the last slice ended.
+#[derive(Clone, Copy, Debug)]
+pub struct AheadAdvanced<'a> {
+    /// The series.
+    pub series: &'a StudyHash,
+    /// Planes that were final for it.
+    pub planes: usize,
+    /// How it ended: `done`, `cancelled` or `failed`.
+    pub result: &'static str,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl AheadAdvanced<'_> {
+    /// Logs and records.
+    pub fn emit(&self) {
+        let took_ms = self.took.as_millis() as u64;
+        debug!(series = %self.series, planes = self.planes, result = self.result, took_ms, "computed ahead");
+        counter!(names::AHEAD_ADVANCES, "result" => self.result).increment(1);
+    }
+}
+
+/// What a series was expected to become turned out wrong, and work was done for it.
+#[derive(Clone, Copy, Debug)]
+pub struct AheadMispredicted<'a> {
+    /// The series.
+    pub series: &'a StudyHash,
+}
+
+impl AheadMispredicted<'_> {
+    /// Logs and records.
+    pub fn emit(&self) {
+        debug!(series = %self.series, "the extent of a series was guessed wrong");
+        counter!(names::AHEAD_MISPREDICTIONS).increment(1);
+    }
+}
+
+/// A run ended, and took over so much of what can be computed ahead.
+#[derive(Clone, Copy, Debug)]
+pub struct AheadReused<'a> {
+    /// The series.
+    pub series: &'a StudyHash,
+    /// Share, 0 to 1.
+    pub share: f64,
+}
+
+impl AheadReused<'_> {
+    /// Logs and records.
+    pub fn emit(&self) {
+        debug!(series = %self.series, share = self.share, "took over what was computed ahead");
+        gauge!(names::AHEAD_REUSED).set(self.share);
     }
 }
 

@@ -20,6 +20,20 @@ impl JournalFailed<'_> {
     }
 }
 
+/// The priority of the inference thread could not be lowered.
+#[derive(Clone, Copy, Debug)]
+pub struct PriorityKept<'a> {
+    /// The system's error.
+    pub detail: &'a str,
+}
+
+impl PriorityKept<'_> {
+    /// Logs.
+    pub fn emit(&self) {
+        warn!(detail = self.detail, "thread priority not lowered");
+    }
+}
+
 /// A data set whose header cannot be read was answered 0xC000.
 #[derive(Clone, Copy, Debug)]
 pub struct HeaderUnreadable<'a> {

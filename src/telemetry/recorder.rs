@@ -86,6 +86,12 @@ metrics_table! {
     SERIES_COMPLETED = "darnet_series_completed_total", Counter, ["cause"], "Series that became complete, by cause.";
     SERIES_REOPENED = "darnet_series_reopened_total", Counter, [], "Complete series that got another slice.";
     SPECULATIONS = "darnet_speculations_total", Counter, ["result"], "Inferences started before completion: used or cancelled.";
+    AHEAD_ADVANCES = "darnet_ahead_advances_total", Counter, ["result"],
+        "Steps of computing ahead of the last slice: done, cancelled by a run or failed.";
+    AHEAD_MISPREDICTIONS = "darnet_ahead_mispredictions_total", Counter, [],
+        "Guesses of a series' extent, with work done for them, that a slice or the end of the series contradicted.";
+    AHEAD_REUSED = "darnet_ahead_reused_ratio", Gauge, [],
+        "Share of what can be computed ahead that the last run took over, 0 to 1.";
     OUTCOMES = "darnet_outcomes_total", Counter, ["outcome", "reason"], "Outcomes published; the reason is none for a result.";
     ALERTS = "darnet_alerts_total", Counter, ["level", "class"], "Alerts raised.";
     OUTBOX_ITEMS = "darnet_outbox_items", Gauge, ["state"], "Items of the outbox: pending, sending, delivered or dead.";

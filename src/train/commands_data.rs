@@ -31,10 +31,10 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["input", "window", "crop", "depth_grid_mm", "head_first"])]
     pub manifest: Option<PathBuf>,
     /// Input shape without a manifest: depth, height, width.
-    #[arg(long, value_name = "D,H,W", value_delimiter = ',', num_args = 3, default_values_t = [64, 224, 224])]
+    #[arg(long, value_name = "D,H,W", value_delimiter = ',', default_values_t = [64, 224, 224])]
     pub input: Vec<usize>,
     /// Window without a manifest: centre and width, HU.
-    #[arg(long, value_name = "C,W", value_delimiter = ',', num_args = 2, allow_negative_numbers = true)]
+    #[arg(long, value_name = "C,W", value_delimiter = ',', allow_negative_numbers = true)]
     pub window: Vec<f32>,
     /// Share of rows and columns kept, without a manifest.
     #[arg(long, value_name = "SHARE")]
@@ -153,8 +153,10 @@ impl PrepareArgs {
 
     fn preprocessing(&self) -> anyhow::Result<Preprocessing> {
         let mut p = Preprocessing::default();
-        if let [center, width] = self.window[..] {
-            (p.window_center_hu, p.window_width_hu) = (center, width);
+        match self.window[..] {
+            [] => {}
+            [center, width] => (p.window_center_hu, p.window_width_hu) = (center, width),
+            _ => bail!("--window: expected C,W"),
         }
         if let Some(crop) = self.crop {
             p.crop_fraction = crop;
@@ -273,7 +275,7 @@ mod tests {
 
     #[derive(Parser)]
     enum Command {
-        Prepare(PrepareArgs),
+        Prepare(Box<PrepareArgs>),
         Split(SplitArgs),
     }
 
@@ -303,6 +305,7 @@ mod tests {
             "x prepare /data --out c --format nifti --source-window unknown",
             "x prepare /data --out c --format cc-ccii --source-window wide",
             "x prepare /data --out c --format cc-ccii --input 32,96",
+            "x prepare /data --out c --format cc-ccii --window 1500",
             "x prepare /data --out c --format dicom --manifest m --input 32,96,96",
             "x split --cache c --out s --from f --folds 3",
         ] {

@@ -103,7 +103,7 @@ mod tests {
             end = field.end();
         }
         assert_eq!(end, HEADER_LEN);
-        assert!(HEADER_LEN + 3 * MAX_STRING_LEN <= PAGE);
+        const { assert!(HEADER_LEN + 3 * MAX_STRING_LEN <= PAGE) };
         for constant in [format!("`{}`", String::from_utf8_lossy(&MAGIC)), format!("cache record version | {VERSION}")]
         {
             assert!(document.contains(&constant), "docs/formats.md must say {constant}");

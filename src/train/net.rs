@@ -518,7 +518,9 @@ mod tests {
     fn every_variant_agrees_with_the_reference_backend() {
         for architecture in variants() {
             let model = Model::synthetic("t", &architecture, 3).unwrap();
-            let backend = prepare(BackendKind::Reference, &model, &EngineOptions { threads: 1 }).unwrap();
+            let backend =
+                prepare(BackendKind::Reference, &model, &EngineOptions { threads: 1, ..EngineOptions::default() })
+                    .unwrap();
             let mut out = Inference::default();
             let volume = synthetic::volume(architecture.input_dhw, 5);
             backend.session().unwrap().run(&volume, &CancelToken::new(), &mut out).unwrap();

@@ -5,7 +5,7 @@
 //!
 //! | format | layout |
 //! |---|---|
-//! | `cc-ccii` | `<class>/<patient>/<scan>/NNNN.{png,jpg,bmp,tif}`, deeper on either side in some archives; the data set's lists at the root |
+//! | `cc-ccii` | `<class>/<patient>/<scan>/NNNN.{png,jpg,bmp,tif}`, deeper on either side in some archives; its lists |
 //! | `dicom` | any folders; a folder is read together, its series are scans of their own |
 //! | `covid-ct-md` | `{COVID-19,Cap,Normal} Cases/<patient>/*.dcm` |
 //! | `nifti`, `mha` | one file a scan (MosMedData: `CT-0` to `CT-4`; STOIC2021); masks beside |
@@ -384,7 +384,7 @@ fn labels(options: &SourceOptions, class_keys: &[String]) -> Result<HashMap<Stri
     Ok(out)
 }
 
-/// Folders with their files, both sorted; names that begin with a dot are passed over.
+/// Folders with their files, both sorted; names that begin with a dot are passed over, and so are caches.
 fn folders(root: &Path) -> Result<Vec<(PathBuf, Vec<PathBuf>)>, TrainDataError> {
     let mut out = Vec::new();
     let mut pending = vec![(root.to_path_buf(), 0usize)];
@@ -398,8 +398,11 @@ fn folders(root: &Path) -> Result<Vec<(PathBuf, Vec<PathBuf>)>, TrainDataError> 
             }
             let path = entry.path();
             let kind = std::fs::metadata(&path).map_err(TrainDataError::io("look at", &path))?;
-            if kind.is_dir() && depth < MAX_DEPTH {
-                pending.push((path, depth + 1));
+            if kind.is_dir() {
+                let is_cache = path.join("cache.json").is_file() && path.join("scans").is_dir();
+                if depth < MAX_DEPTH && !is_cache {
+                    pending.push((path, depth + 1));
+                }
             } else if kind.is_file() {
                 found += 1;
                 files.push(path);
@@ -780,7 +783,10 @@ mod tests {
         }
     }
 
-    fn found(options: &SourceOptions) -> Vec<(String, Option<String>, Option<String>, Option<&'static str>)> {
+    /// Scan, patient, class, why it is not read.
+    type Found = (String, Option<String>, Option<String>, Option<&'static str>);
+
+    fn found(options: &SourceOptions) -> Vec<Found> {
         let units = discover(options, &keys()).unwrap();
         units.into_iter().map(|u| (u.scan, u.patient, u.class, u.refused.map(|(reason, _)| reason))).collect()
     }

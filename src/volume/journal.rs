@@ -95,6 +95,16 @@ impl JournalError {
         matches!(self, JournalError::NoSpace { .. })
     }
 
+    /// Whether what is on the disk is lost, so that trying again is of no use: the file's header is damaged, or the disk
+    /// does not give it back. Another version of the format, a lock or a lack of descriptors is none of these.
+    pub fn is_unreadable(&self) -> bool {
+        match self {
+            JournalError::HeaderDamaged | JournalError::NotAJournal => true,
+            JournalError::Io { source, .. } => Errno::from_io_error(source) == Some(Errno::IO),
+            _ => false,
+        }
+    }
+
     fn io(operation: &'static str, source: impl Into<io::Error>) -> Self {
         let source = source.into();
         if no_space(&source) { JournalError::NoSpace { operation } } else { JournalError::Io { operation, source } }
@@ -1265,6 +1275,15 @@ mod tests {
         assert!(matches!(refuse(&damaged), JournalError::HeaderDamaged));
         assert!(matches!(JournalWriter::open(&dir.path().join("none")), Err(JournalError::Io { .. })));
         assert!(matches!(JournalReader::open(dir.path()), Err(JournalError::Io { .. })));
+    }
+
+    #[test]
+    fn only_what_no_second_try_can_read_is_unreadable() {
+        let io = |errno: Errno| JournalError::io("open", errno);
+        assert!(JournalError::HeaderDamaged.is_unreadable() && JournalError::NotAJournal.is_unreadable());
+        assert!(io(Errno::IO).is_unreadable());
+        let passing = [io(Errno::MFILE), io(Errno::NOSPC), JournalError::Locked, JournalError::Version { found: 9 }];
+        assert!(passing.iter().all(|e| !e.is_unreadable()));
     }
 
     proptest! {

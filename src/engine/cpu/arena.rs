@@ -1,87 +1,237 @@
-//! All memory that one session uses, allocated when it opens.
+//! Memory of the backend: large zeroed buffers, activations with borders, and all that one session uses.
 //!
-//! Three padded activations, each as large as the largest stage: a block's input (which also becomes its output), and
-//! the outputs of its two convolutions. At full size (66 * 114 * 114 voxels * 64 channels * 4 B = 220 MB) that is
-//! 659 MB. Besides them: partial sums for the pooling (64 planes * 14 blocks * 64 channels * 8 B = 0.5 MB) and the
-//! attentions' vectors.
+//! An activation of C channels is `[C / 16][D][H][W][16]` with a border of zeros around each block: one voxel before,
+//! at least one behind each axis, more where the last tile of a convolution reads beyond. Channels are padded to a
+//! multiple of sixteen; the padding stays zero through the network because its weights are zero.
+//!
+//! At full size a session has three activations of the widest stage, 4 blocks x 66 x 114 x 114 x 16 x 4 B = 220 MB each,
+//! the transforms' scratch ([`super::plan::SCRATCH_BYTES`]) and a copy of the input, 66 x 230 x 230 x 4 B = 14 MB.
+//! Nothing is allocated after it opens.
+#![allow(unsafe_code)]
 
-use super::kernels::Padded;
-use super::plan::Plan;
+use std::ops::{Deref, DerefMut};
 
-/// A padded activation that remembers which shape's border is zero in it.
-pub struct Buffer {
-    data: Vec<f32>,
-    shape: Option<Padded>,
+use memmap2::{Advice, MmapMut, MmapOptions};
+
+use super::simd::LANES;
+use crate::engine::EngineError;
+
+/// Floats of a buffer that asks for huge pages: below 2 MiB there is none to gain.
+const HUGE_FROM: usize = (2 << 20) / 4;
+
+/// Zeroed floats at a page boundary, in huge pages where the system gives them.
+pub struct Floats {
+    map: Option<MmapMut>,
+    len: usize,
 }
 
-impl Buffer {
-    /// The whole buffer in `shape`, its border zero, its inside unspecified.
-    pub fn writable(&mut self, shape: Padded) -> &mut [f32] {
-        let data = &mut self.data[..shape.len()];
-        if self.shape != Some(shape) {
-            shape.zero_border(data);
-            self.shape = Some(shape);
+impl Floats {
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn zeroed(len: usize) -> Result<Self, EngineError> {
+        if len == 0 {
+            return Ok(Self { map: None, len });
         }
-        data
+        let bytes = len * size_of::<f32>();
+        let map = MmapOptions::new()
+            .len(bytes)
+            .map_anon()
+            .map_err(|error| EngineError::Memory { bytes, reason: error.to_string() })?;
+        if len >= HUGE_FROM {
+            // Only speed is lost where the system has no huge pages.
+            let _ = map.advise(Advice::HugePage);
+        }
+        Ok(Self { map: Some(map), len })
     }
 
-    /// What was written.
+    /// Its bytes.
+    pub fn bytes(&self) -> usize {
+        self.len * size_of::<f32>()
+    }
+
+    /// Touches every page, so that no run has to.
+    pub fn touch(&mut self) {
+        for page in self.chunks_mut(4096 / size_of::<f32>()) {
+            page[0] = 0.0;
+        }
+    }
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match &self.map {
+            // SAFETY: the map holds `len` f32 (its length in bytes is four times that), is aligned to a page, and any
+            // bits are an f32. The borrow is that of the map.
+            Some(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast(), self.len) },
+            None => &[],
+        }
+    }
+}
+
+impl DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        match &mut self.map {
+            // SAFETY: as above; the borrow is exclusive.
+            Some(map) => unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().cast(), self.len) },
+            None => &mut [],
+        }
+    }
+}
+
+/// Shape of an activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Channels, without padding.
+    pub c: usize,
+    /// Voxels, without border.
+    pub dhw: [usize; 3],
+    /// Border behind each axis; before each it is 1.
+    pub after: [usize; 3],
+}
+
+impl Shape {
+    /// A shape with the smallest border.
+    pub const fn new(c: usize, dhw: [usize; 3]) -> Self {
+        Self { c, dhw, after: [1; 3] }
+    }
+    /// Blocks of sixteen channels.
+    pub const fn blocks(&self) -> usize {
+        self.c.div_ceil(LANES)
+    }
+    /// Channels with padding.
+    pub const fn padded_c(&self) -> usize {
+        self.blocks() * LANES
+    }
+    /// Voxels along each axis with the border.
+    pub const fn bordered(&self) -> [usize; 3] {
+        let ([d, h, w], [ad, ah, aw]) = (self.dhw, self.after);
+        [1 + d + ad, 1 + h + ah, 1 + w + aw]
+    }
+    /// Floats of a row with its border.
+    pub const fn row(&self) -> usize {
+        self.bordered()[2] * LANES
+    }
+    /// Floats of a plane with its border.
+    pub const fn plane(&self) -> usize {
+        self.bordered()[1] * self.row()
+    }
+    /// Floats of a block of channels with its border.
+    pub const fn block(&self) -> usize {
+        self.bordered()[0] * self.plane()
+    }
+    /// Floats of all.
+    pub const fn len(&self) -> usize {
+        self.blocks() * self.block()
+    }
+    /// Whether it has no voxel.
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Where a voxel's sixteen channels of a block lie; indices count from the first voxel that is not border.
+    pub const fn at(&self, block: usize, [z, y, x]: [usize; 3]) -> usize {
+        block * self.block() + (z + 1) * self.plane() + (y + 1) * self.row() + (x + 1) * LANES
+    }
+}
+
+/// An activation. It remembers which shape's border is zero in it.
+pub struct Tensor {
+    data: Floats,
+    shape: Option<Shape>,
+}
+
+impl Tensor {
+    /// Room for `len` floats.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(len: usize) -> Result<Self, EngineError> {
+        let mut data = Floats::zeroed(len)?;
+        data.touch();
+        Ok(Self { data, shape: None })
+    }
+
+    /// Takes `shape`: its border is zero afterwards, its inside what it was.
     ///
     /// # Panics
-    /// If it was last written in another shape.
-    pub fn readable(&self, shape: Padded) -> &[f32] {
+    /// If the shape is too large.
+    pub fn reshape(&mut self, shape: Shape) {
+        if self.shape == Some(shape) {
+            return;
+        }
+        let [_, bh, _] = shape.bordered();
+        let [d, h, w] = shape.dhw;
+        let (row, plane) = (shape.row(), shape.plane());
+        for block in self.data[..shape.len()].chunks_exact_mut(shape.block()) {
+            for (z, data) in block.chunks_exact_mut(plane).enumerate() {
+                if !(1..=d).contains(&z) {
+                    data.fill(0.0);
+                    continue;
+                }
+                data[..row].fill(0.0);
+                data[(h + 1) * row..bh * row].fill(0.0);
+                for line in data[row..(h + 1) * row].chunks_exact_mut(row) {
+                    line[..LANES].fill(0.0);
+                    line[(w + 1) * LANES..].fill(0.0);
+                }
+            }
+        }
+        self.shape = Some(shape);
+    }
+
+    /// The data, in `shape`.
+    ///
+    /// # Panics
+    /// If it has another shape.
+    pub fn data(&self, shape: Shape) -> &[f32] {
         assert_eq!(self.shape, Some(shape), "an activation keeps its shape");
         &self.data[..shape.len()]
     }
-}
 
-/// A session's memory.
-pub struct Arena {
-    /// A block's input and output, then its two convolutions' outputs.
-    pub activations: [Buffer; 3],
-    /// `[plane][block of rows][channel]` sums.
-    pub sums: Vec<f64>,
-    /// `[plane][channel]` means, then the attentions' factors.
-    pub means: Vec<f32>,
-    /// `[plane][channel]` factors of both attentions.
-    pub scale: Vec<f32>,
-    /// Input, hidden and output vectors of one attention.
-    pub gate: [Vec<f32>; 3],
-}
-
-/// Lengths of an arena's parts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ArenaLengths {
-    /// Floats of one activation.
-    pub activation: usize,
-    /// Partial sums.
-    pub sums: usize,
-    /// Planes times channels.
-    pub planes: usize,
-    /// Longest input of an attention.
-    pub gate_ends: usize,
-    /// Widest hidden layer of an attention.
-    pub gate_hidden: usize,
-}
-
-impl ArenaLengths {
-    /// Bytes of an arena.
-    pub fn bytes(&self) -> usize {
-        4 * (3 * self.activation + 2 * self.planes + 2 * self.gate_ends + self.gate_hidden) + 8 * self.sums
+    /// As [`Tensor::data`], to be changed inside the border.
+    ///
+    /// # Panics
+    /// If it has another shape.
+    pub fn data_mut(&mut self, shape: Shape) -> &mut [f32] {
+        assert_eq!(self.shape, Some(shape), "an activation keeps its shape");
+        &mut self.data[..shape.len()]
     }
 }
 
-impl Arena {
-    /// An arena for every layer of `plan`.
-    pub fn new(plan: &Plan) -> Self {
-        let lengths = plan.arena_lengths();
-        let buffer = || Buffer { data: vec![0.0; lengths.activation], shape: None };
-        Self {
-            activations: [buffer(), buffer(), buffer()],
-            sums: vec![0.0; lengths.sums],
-            means: vec![0.0; lengths.planes],
-            scale: vec![0.0; lengths.planes],
-            gate: [vec![0.0; lengths.gate_ends], vec![0.0; lengths.gate_hidden], vec![0.0; lengths.gate_ends]],
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_border_alone_is_zeroed() {
+        let shape = Shape { c: 17, dhw: [2, 3, 4], after: [1, 2, 3] };
+        assert_eq!(shape.bordered(), [4, 6, 8]);
+        let mut tensor = Tensor::new(shape.len() + 5).unwrap();
+        tensor.data.fill(1.0);
+        tensor.reshape(shape);
+        let inside = tensor.data(shape).iter().filter(|v| **v == 1.0).count();
+        assert_eq!(inside, 2 * LANES * 2 * 3 * 4);
+        assert_eq!(tensor.data(shape)[shape.at(1, [0, 0, 0])], 1.0);
+        assert_eq!(tensor.data(shape)[shape.at(1, [1, 2, 3]) + LANES], 0.0);
+    }
+
+    #[test]
+    fn buffers_are_zero_and_aligned() {
+        for len in [0, 1, 15, 5000, HUGE_FROM + 1] {
+            let floats = Floats::zeroed(len).unwrap();
+            assert_eq!(floats.len(), len);
+            assert!(floats.iter().all(|v| *v == 0.0));
+            assert!(len == 0 || floats.as_ptr().addr().is_multiple_of(64));
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "keeps its shape")]
+    fn a_tensor_is_not_read_in_another_shape() {
+        let mut tensor = Tensor::new(10_000).unwrap();
+        tensor.reshape(Shape::new(3, [2, 2, 2]));
+        let _ = tensor.data(Shape::new(3, [2, 2, 3]));
     }
 }

@@ -1,46 +1,60 @@
-//! The cpu backend: matrix products on channels-last activations.
+//! The cpu backend: Winograd convolutions on activations in blocks of sixteen channels.
 //!
-//! Input: a volume D, H, W. Output: [`Inference`]. Preparing folds batch normalisation and rearranges the weights
-//! ([`plan`]); a session owns its activations ([`arena`]); each thread of the backend's pool owns one block of scratch.
-//! The work of a layer is split into blocks of output rows, taken by threads as they come free:
+//! Input: a volume D, H, W. Output: [`Inference`]. Preparing folds batch normalisation, chooses a method a convolution
+//! ([`plan`]) and packs the weights ([`cache`]); a session owns its memory ([`arena`]); all sessions share one pool
+//! ([`pool`]). A run is
 //!
 //! ```text
+//! stem (direct, bias, ReLU)
 //! for each block:  conv1 (bias, ReLU)  ->  conv2 (bias, sums)  ->  attentions from the sums
-//!                  ->  one pass: scale, add shortcut (strided: computed here), ReLU, sums
+//!                  ->  merge: scale, add shortcut, ReLU (a strided shortcut's convolution does it in its registers)
+//! head
 //! ```
 //!
-//! Invariants: blocks, and the order of every sum, are fixed by the architecture, so that results are bit-identical for
-//! any number of threads; a block writes only its own rows; nothing of ours is allocated in a run after the first (what
-//! the matrix products allocate is said in [`kernels`]). The cancel token is read before each block: at full size the
-//! largest is 0.9 G multiply-adds, 10 to 40 ms on one core.
+//! **Work ahead.** The stem and both convolutions of the first block come before the first pooling over all planes, so
+//! each of their depth rows can be computed once its input planes are known ([`Session::advance`]). The session keeps a
+//! copy of the input it used: a run copies the planes whose bits differ, marks what depended on them, and computes what
+//! is not marked done, with the same code in the same order of sums. A plain run is the case where nothing was done.
 //!
-//! Deliberately absent: Winograd transforms and our own vector kernels, which will replace [`kernels`] and the layouts in
-//! [`plan`] alone.
+//! Invariants: results are bit-identical for any number of threads, any work ahead, and any earlier use of the session;
+//! nothing is allocated in a run after a session's first. The cancel token is read before each item of work, about a
+//! millisecond at full size.
+//!
+//! Deliberately absent: batches (a scanner has one patient), INT8 (the weights' scores were measured in f32).
 
-use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Instant;
 
-use rayon::prelude::*;
-
-use crate::engine::{Backend, CancelToken, EngineError, EngineOptions, Inference, Session, check_input, softmax_into};
+use crate::engine::priority::lower_this_thread;
+use crate::engine::{
+    Backend, CancelToken, EngineError, EngineOptions, Inference, LayerTiming, Reuse, Session, check_input, softmax_into,
+};
 use crate::model::{AttentionOrder, Model};
 
 pub mod arena;
-pub mod kernels;
+pub mod cache;
+pub mod conv;
+pub mod dispatch;
+pub mod matrix;
 pub mod plan;
+pub mod pool;
+pub mod roof;
+pub mod simd;
+pub mod winograd;
 
-use arena::{Arena, Buffer};
-use kernels::Padded;
-use plan::{Block, Conv, Gate, Plan};
-
-thread_local! {
-    /// A pool thread's scratch, sized when the backend is prepared.
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
+use arena::{Floats, Shape, Tensor};
+use cache::Packed;
+use conv::{Context, DirectInput, Ending, Sums};
+use dispatch::{Isa, Kernels};
+use plan::{Block, Conv, Gate, Method, Plan, STEM_ROW_TAPS, StemInput};
+use pool::Pool;
+use simd::LANES;
 
 struct Shared {
     plan: Plan,
-    pool: rayon::ThreadPool,
+    kernels: Kernels,
+    weights: Packed,
+    pool: Pool,
 }
 
 /// The cpu backend.
@@ -53,18 +67,31 @@ impl CpuBackend {
     /// Prepares `model` and starts the pool; `note` is what [`Backend::note`] returns.
     ///
     /// # Errors
-    /// Too many threads, or threads that cannot be started.
+    /// Too many threads, threads that cannot be started, no memory, an instruction set that is not there.
     pub fn new(model: &Model, options: &EngineOptions, note: Option<&'static str>) -> Result<Self, EngineError> {
         let threads = options.resolved_threads()?;
-        let plan = Plan::new(model);
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|index| format!("darnet-cpu-{index}"))
-            .build()
+        let isa = options.isa.unwrap_or_else(Isa::best);
+        let kernels = Kernels::of(isa).ok_or(EngineError::Isa { isa: isa.as_str() })?;
+        let nice = options.nice;
+        let started = move || {
+            // A thread that keeps its priority computes as well; the system says no only where it forbids the call.
+            let _ = lower_this_thread(nice);
+        };
+        let pool = Pool::new(threads, started)
             .map_err(|error| EngineError::ThreadPool { threads, reason: error.to_string() })?;
-        let scratch = plan.scratch_len();
-        pool.broadcast(|_| SCRATCH.with_borrow_mut(|s| s.resize(scratch, 0.0)));
-        Ok(Self { shared: Arc::new(Shared { plan, pool }), note })
+        let plan = Plan::new(model);
+        let weights = Packed::load(model, &plan, &kernels, &pool, options.weight_cache)?;
+        Ok(Self { shared: Arc::new(Shared { plan, kernels, weights, pool }), note })
+    }
+
+    /// Its kernels.
+    pub fn kernels(&self) -> &Kernels {
+        &self.shared.kernels
+    }
+
+    /// What was decided about the network.
+    pub fn plan(&self) -> &Plan {
+        &self.shared.plan
     }
 }
 
@@ -74,7 +101,7 @@ impl Backend for CpuBackend {
     }
 
     fn session(&self) -> Result<Box<dyn Session>, EngineError> {
-        Ok(Box::new(CpuSession { arena: Arena::new(&self.shared.plan), shared: Arc::clone(&self.shared) }))
+        Ok(Box::new(CpuSession::new(Arc::clone(&self.shared))?))
     }
 
     fn note(&self) -> Option<&str> {
@@ -82,181 +109,453 @@ impl Backend for CpuBackend {
     }
 
     fn threads(&self) -> usize {
-        self.shared.pool.current_num_threads()
+        self.shared.pool.threads()
+    }
+
+    fn instruction_set(&self) -> &'static str {
+        self.shared.kernels.isa.as_str()
     }
 
     fn weight_bytes(&self) -> usize {
-        self.shared.plan.weight_bytes()
+        self.shared.weights.owned_bytes() + self.shared.plan.small_bytes()
+    }
+
+    fn mapped_bytes(&self) -> usize {
+        self.shared.weights.mapped_bytes()
     }
 
     fn session_bytes(&self) -> usize {
-        self.shared.plan.arena_lengths().bytes()
+        let plan = &self.shared.plan;
+        let [ends, hidden] = plan.gate_lengths();
+        let floats = 3 * plan.activation_len()
+            + plan.stem_input().total()
+            + plan.scratch_len(self.threads())
+            + plan.sums_len()
+            + 2 * plan.planes_len()
+            + 2 * ends
+            + hidden;
+        4 * floats
     }
-}
-
-struct CpuSession {
-    arena: Arena,
-    shared: Arc<Shared>,
-}
-
-/// A block of output rows: plane, first row, rows.
-type Rows = [usize; 3];
-
-/// Calls `work(rows, out, sums, scratch)` for every block of `rows` rows of `output`, from the pool's threads: `out` the
-/// block's rows with their border voxels, `sums` the block's one sum a channel.
-fn for_row_blocks<F>(
-    pool: &rayon::ThreadPool,
-    shape: Padded,
-    rows: usize,
-    output: &mut [f32],
-    sums: &mut [f64],
-    cancel: &CancelToken,
-    work: F,
-) -> Result<(), EngineError>
-where
-    F: Fn(Rows, &mut [f32], &mut [f64], &mut [f32]) + Sync,
-{
-    let [d, h, _] = shape.dhw;
-    let (row, plane) = (shape.row_len(), shape.plane_len());
-    let per_plane = h.div_ceil(rows) * shape.c;
-    let inside = &mut output[plane..(d + 1) * plane];
-    let sums = &mut sums[..d * per_plane];
-    pool.install(|| {
-        let planes = inside.par_chunks_exact_mut(plane);
-        let planes = planes.zip(sums.par_chunks_exact_mut(per_plane)).enumerate();
-        planes.for_each(|(z, (plane, sums))| {
-            let blocks = plane[row..(h + 1) * row].par_chunks_mut(rows * row);
-            let blocks = blocks.zip(sums.par_chunks_exact_mut(shape.c)).enumerate();
-            blocks.for_each(|(index, (out, sums))| {
-                if !cancel.is_cancelled() {
-                    let block = [z, index * rows, out.len() / row];
-                    SCRATCH.with_borrow_mut(|scratch| work(block, out, sums, scratch));
-                }
-            });
-        });
-    });
-    if cancel.is_cancelled() {
-        return Err(EngineError::Cancelled);
-    }
-    Ok(())
 }
 
 impl Shared {
-    fn stem(
-        &self,
-        input: &[f32],
-        output: &mut Buffer,
-        sums: &mut [f64],
-        cancel: &CancelToken,
-    ) -> Result<(), EngineError> {
-        let conv = &self.plan.stem;
-        let shape = conv.output;
-        let w = shape.dhw[2];
-        let out = output.writable(shape);
-        for_row_blocks(&self.pool, shape, conv.rows, out, sums, cancel, |at, out, _, scratch| {
-            let voxels = at[2] * w;
-            let (patches, dst) = scratch.split_at_mut(voxels * kernels::STEM_TAPS);
-            kernels::stem_patches(input, self.plan.input_dhw, at, w, patches);
-            let size = [shape.c, voxels, kernels::STEM_TAPS];
-            kernels::gemm_f32(size, dst, false, &conv.weights, patches, kernels::STEM_TAPS);
-            kernels::finish_rows(dst, w, &conv.bias, true, out, w, &mut []);
+    fn weights(&self, conv: &Conv) -> &[f32] {
+        &self.weights[conv.weights_at..conv.weights_at + conv.weights_len]
+    }
+}
+
+/// What of the stem and of the first block's convolutions is done, for the input that the session holds a copy of.
+struct Ahead {
+    /// Planes of the input that the copy holds.
+    known: Vec<bool>,
+    /// Planes of the stem's output.
+    stem: Vec<bool>,
+    /// Depth tiles of the first convolution.
+    conv1: Vec<bool>,
+    /// Depth tiles of the second.
+    conv2: Vec<bool>,
+}
+
+impl Ahead {
+    fn forget(&mut self) {
+        self.stem.fill(false);
+        self.conv1.fill(false);
+        self.conv2.fill(false);
+    }
+}
+
+/// The output planes of depth tile `tile`.
+fn planes_of(conv: &Conv, tile: usize) -> std::ops::Range<usize> {
+    let outputs = match conv.method {
+        Method::Winograd(tiling) => tiling.outputs()[0],
+        Method::Direct => 1,
+    };
+    tile * outputs..((tile + 1) * outputs).min(conv.output.dhw[0])
+}
+
+/// `range` and the plane before and behind it, inside `0..d`.
+fn widened(range: std::ops::Range<usize>, d: usize) -> std::ops::Range<usize> {
+    range.start.saturating_sub(1)..(range.end + 1).min(d)
+}
+
+/// The tiles of `conv` (stride 1) that are not `done` and whose input planes all are, to `list`; `input(plane)` says
+/// which are.
+fn possible(conv: &Conv, done: &[bool], input: impl Fn(usize) -> bool, list: &mut Vec<usize>) {
+    let d = conv.input.dhw[0];
+    list.clear();
+    list.extend((0..done.len()).filter(|&tile| !done[tile] && widened(planes_of(conv, tile), d).all(&input)));
+}
+
+/// Whether all planes of the network's input that plane `z` depends on, `reach` planes to each side, are `ready`. What
+/// an earlier series has left behind elsewhere is not worth computing with.
+fn is_ready(ready: Option<&[bool]>, z: usize, reach: usize) -> bool {
+    ready.is_none_or(|ready| ready[z.saturating_sub(reach)..(z + reach + 1).min(ready.len())].iter().all(|r| *r))
+}
+
+/// Marks the tiles of `conv` as not done whose input planes are not all done.
+fn withdraw(conv: &Conv, done: &mut [bool], input: impl Fn(usize) -> bool) {
+    let d = conv.input.dhw[0];
+    for (tile, done) in done.iter_mut().enumerate() {
+        *done = *done && widened(planes_of(conv, tile), d).all(&input);
+    }
+}
+
+/// Whether `plane` is done when its depth tiles are `done`.
+fn plane_done(conv: &Conv, done: &[bool], plane: usize) -> bool {
+    done[plane / planes_of(conv, 0).len().max(1)]
+}
+
+struct CpuSession {
+    shared: Arc<Shared>,
+    /// A block's input and output, then the outputs of its two convolutions.
+    activations: [Tensor; 3],
+    /// The input with its border.
+    input: Floats,
+    scratch: Floats,
+    sums: Vec<f32>,
+    means: Vec<f32>,
+    scale: Vec<f32>,
+    gate: [Vec<f32>; 3],
+    ahead: Ahead,
+    /// Depth tiles or planes to be computed.
+    list: Vec<usize>,
+    reuse: Reuse,
+    /// Seconds of each layer in the last run.
+    seconds: Vec<f64>,
+}
+
+impl CpuSession {
+    fn new(shared: Arc<Shared>) -> Result<Self, EngineError> {
+        let plan = &shared.plan;
+        let first = &plan.blocks[0];
+        let d = plan.input_dhw[0];
+        let activation = plan.activation_len();
+        let [ends, hidden] = plan.gate_lengths();
+        let mut input = Floats::zeroed(plan.stem_input().total())?;
+        input.touch();
+        let mut scratch = Floats::zeroed(plan.scratch_len(shared.pool.threads()))?;
+        scratch.touch();
+        Ok(Self {
+            activations: [Tensor::new(activation)?, Tensor::new(activation)?, Tensor::new(activation)?],
+            input,
+            scratch,
+            sums: vec![0.0; plan.sums_len()],
+            means: vec![0.0; plan.planes_len()],
+            scale: vec![0.0; plan.planes_len()],
+            gate: [vec![0.0; ends], vec![0.0; hidden], vec![0.0; ends]],
+            ahead: Ahead {
+                known: vec![false; d],
+                stem: vec![false; plan.stem.output.dhw[0]],
+                conv1: vec![false; first.conv1.tiles()[0]],
+                conv2: vec![false; first.conv2.tiles()[0]],
+            },
+            list: Vec::with_capacity(d),
+            reuse: Reuse::default(),
+            seconds: vec![0.0; layer_names(plan).count()],
+            shared,
         })
     }
 
-    /// A 3x3x3 convolution; with ReLU (no sums), or without it (with sums).
-    fn conv(
-        &self,
-        conv: &Conv,
-        relu: bool,
-        input: &Buffer,
-        output: &mut Buffer,
-        sums: &mut [f64],
-        cancel: &CancelToken,
-    ) -> Result<(), EngineError> {
-        let shape = conv.output;
-        let (w, pitch) = (shape.dhw[2], conv.pitch());
-        let input = input.readable(conv.input);
-        let out = output.writable(shape);
-        for_row_blocks(&self.pool, shape, conv.rows, out, sums, cancel, |at, out, sums, scratch| {
-            let dst = &mut scratch[..at[2] * pitch * shape.c];
-            let (stride, weights) = (conv.stride, &conv.weights);
-            kernels::conv3_rows(input, conv.input, stride, weights, shape, at, dst);
-            let sums: &mut [f64] = if relu { &mut [] } else { sums };
-            kernels::finish_rows(dst, pitch, &conv.bias, relu, out, w, sums);
-        })
+    /// Copies the `ready` planes of `input` that differ from those held, and withdraws what was made of them.
+    fn take_input(&mut self, input: &[f32], ready: Option<&[bool]>) {
+        let plan = &self.shared.plan;
+        let [d, h, w] = plan.input_dhw;
+        let stem_input = plan.stem_input();
+        let [before_d, before_h, before_w] = StemInput::BEFORE;
+        for z in (0..d).filter(|&z| ready.is_none_or(|ready| ready[z])) {
+            let plane = &input[z * h * w..(z + 1) * h * w];
+            let first = (z + before_d) * stem_input.plane() + before_h * stem_input.row() + before_w;
+            let mut same = self.ahead.known[z];
+            for (y, row) in plane.chunks_exact(w).enumerate() {
+                let held = &mut self.input[first + y * stem_input.row()..][..w];
+                // Bits are compared: -0 and 0 are different inputs.
+                if same && held.iter().zip(row).all(|(a, b)| a.to_bits() == b.to_bits()) {
+                    continue;
+                }
+                same = false;
+                held.copy_from_slice(row);
+            }
+            if !same {
+                self.ahead.known[z] = true;
+                for z in widened(z..z + 1, d) {
+                    self.ahead.stem[z] = false;
+                }
+            }
+        }
+        let (first, ahead) = (&plan.blocks[0], &mut self.ahead);
+        withdraw(&first.conv1, &mut ahead.conv1, |z| ahead.stem[z]);
+        withdraw(&first.conv2, &mut ahead.conv2, |z| plane_done(&first.conv1, &ahead.conv1, z));
     }
 
-    /// Runs a block; its output takes the place of its input in `arena.activations[0]`, and its sums are in `arena.sums`
-    /// in blocks of `block.conv2.rows` rows.
-    fn block(&self, block: &Block, arena: &mut Arena, cancel: &CancelToken) -> Result<(), EngineError> {
-        let [x, y1, y2] = &mut arena.activations;
-        let sums = &mut arena.sums;
-        self.conv(&block.conv1, true, x, y1, sums, cancel)?;
-        self.conv(&block.conv2, false, y1, y2, sums, cancel)?;
-        let shape = block.conv2.output;
-        let (rows, w) = (block.conv2.rows, shape.dhw[2]);
-        let planes = shape.dhw[0] * shape.c;
-        plane_means(shape, rows, sums, &mut arena.means[..planes]);
-        self.attention(block, shape, &mut arena.means, &mut arena.scale, &mut arena.gate);
-        let scale = &arena.scale;
-        let scale_of = |z: usize| &scale[z * shape.c..(z + 1) * shape.c];
-        let Some(shortcut) = &block.shortcut else {
-            let y2 = y2.readable(shape);
-            let x = x.writable(shape);
-            let (row, plane) = (shape.row_len(), shape.plane_len());
-            return for_row_blocks(&self.pool, shape, rows, x, sums, cancel, |at, x, sums, _| {
-                let start = (at[0] + 1) * plane + (at[1] + 1) * row;
-                let y = &y2[start..start + x.len()];
-                kernels::merge_identity(x, y, scale_of(at[0]), w, sums);
-            });
-        };
-        let input = x.readable(shortcut.input);
-        let y = y2.writable(shape);
-        for_row_blocks(&self.pool, shape, rows, y, sums, cancel, |at, y, sums, scratch| {
-            let dst = &mut scratch[..at[2] * w * shape.c];
-            kernels::shortcut_rows(input, shortcut.input, &shortcut.weights, shape, at, dst);
-            kernels::merge_shortcut(y, dst, &shortcut.bias, scale_of(at[0]), w, sums);
-        })?;
-        arena.activations.swap(0, 2);
+    /// Computes what is possible with the `ready` planes and not done of the stem and the first block's convolutions.
+    fn prefix(&mut self, context: &Context<'_>, ready: Option<&[bool]>) -> Result<(), EngineError> {
+        let shared = &self.shared;
+        let plan = &shared.plan;
+        let first = &plan.blocks[0];
+        let [x, y1, y2] = &mut self.activations;
+        for (tensor, shape) in
+            [(&mut *x, plan.stem.output), (&mut *y1, first.conv1.output), (&mut *y2, first.conv2.output)]
+        {
+            tensor.reshape(shape);
+        }
+        let (ahead, list) = (&mut self.ahead, &mut self.list);
+        let d = plan.input_dhw[0];
+
+        let started = Instant::now();
+        list.clear();
+        list.extend((0..d).filter(|&z| !ahead.stem[z] && is_ready(ready, z, 1)));
+        if !list.is_empty() {
+            let stem_input = plan.stem_input();
+            let input = DirectInput {
+                data: &self.input,
+                step: [stem_input.plane(), 2 * stem_input.row(), 2],
+                length: STEM_ROW_TAPS,
+            };
+            conv::direct(context, &plan.stem, shared.weights(&plan.stem), input, x, Ending::Relu, list)?;
+            list.iter().for_each(|&z| ahead.stem[z] = true);
+        }
+        self.seconds[0] += started.elapsed().as_secs_f64();
+
+        let started = Instant::now();
+        possible(&first.conv1, &ahead.conv1, |z| ahead.stem[z] && is_ready(ready, z, 1), list);
+        if !list.is_empty() {
+            convolution(
+                context,
+                &first.conv1,
+                shared.weights(&first.conv1),
+                x,
+                y1,
+                true,
+                None,
+                &mut self.scratch,
+                list,
+            )?;
+            list.iter().for_each(|&tile| ahead.conv1[tile] = true);
+        }
+        self.seconds[1] += started.elapsed().as_secs_f64();
+
+        let started = Instant::now();
+        let done = |z| plane_done(&first.conv1, &ahead.conv1, z) && is_ready(ready, z, 2);
+        possible(&first.conv2, &ahead.conv2, done, list);
+        if !list.is_empty() {
+            let sums = Some(Sums(&mut self.sums));
+            convolution(
+                context,
+                &first.conv2,
+                shared.weights(&first.conv2),
+                y1,
+                y2,
+                false,
+                sums,
+                &mut self.scratch,
+                list,
+            )?;
+            list.iter().for_each(|&tile| ahead.conv2[tile] = true);
+        }
+        self.seconds[2] += started.elapsed().as_secs_f64();
         Ok(())
     }
 
-    /// The factor of each plane and channel, `[plane][channel]`, from their means, which it changes.
-    ///
-    /// The second attention sees the means of what the first has scaled: scaling a plane scales its mean.
-    fn attention(
-        &self,
-        block: &Block,
-        shape: Padded,
-        means: &mut [f32],
-        scale: &mut [f32],
-        vectors: &mut [Vec<f32>; 3],
-    ) {
-        let planes = shape.dhw[0] * shape.c;
-        let (means, scale) = (&mut means[..planes], &mut scale[..planes]);
-        scale.fill(1.0);
-        let depth_first = self.plan.order == AttentionOrder::DepthFirst;
-        for depth in [depth_first, !depth_first] {
-            if depth && let Some(gate) = &block.depth {
-                depth_attention(gate, shape, means, scale, vectors);
+    /// What is done of the prefix, in multiply-adds.
+    fn done_macs(&self) -> (u64, u64) {
+        let plan = &self.shared.plan;
+        let first = &plan.blocks[0];
+        let of = |conv: &Conv, planes: usize| conv.macs() / conv.output.dhw[0] as u64 * planes as u64;
+        let planes =
+            |conv: &Conv, done: &[bool]| (0..conv.output.dhw[0]).filter(|&z| plane_done(conv, done, z)).count();
+        let done = of(&plan.stem, self.ahead.stem.iter().filter(|d| **d).count())
+            + of(&first.conv1, planes(&first.conv1, &self.ahead.conv1))
+            + of(&first.conv2, planes(&first.conv2, &self.ahead.conv2));
+        (done, plan.stem.macs() + first.conv1.macs() + first.conv2.macs())
+    }
+
+    /// Runs block `index` from its convolutions on; its output takes the place of its input in `activations[0]`.
+    fn block(&mut self, context: &Context<'_>, index: usize) -> Result<(), EngineError> {
+        let shared = Arc::clone(&self.shared);
+        let block = &shared.plan.blocks[index];
+        if index > 0 {
+            let [x, y1, y2] = &mut self.activations;
+            self.list.clear();
+            self.list.extend(0..block.conv1.tiles()[0]);
+            let started = Instant::now();
+            y1.reshape(block.conv1.output);
+            convolution(
+                context,
+                &block.conv1,
+                shared.weights(&block.conv1),
+                x,
+                y1,
+                true,
+                None,
+                &mut self.scratch,
+                &self.list,
+            )?;
+            self.seconds[3 * index + 1] = started.elapsed().as_secs_f64();
+            let started = Instant::now();
+            self.list.clear();
+            self.list.extend(0..block.conv2.tiles()[0]);
+            y2.reshape(block.conv2.output);
+            let sums = Some(Sums(&mut self.sums));
+            convolution(
+                context,
+                &block.conv2,
+                shared.weights(&block.conv2),
+                y1,
+                y2,
+                false,
+                sums,
+                &mut self.scratch,
+                &self.list,
+            )?;
+            self.seconds[3 * index + 2] = started.elapsed().as_secs_f64();
+        }
+        let started = Instant::now();
+        let shape = block.conv2.output;
+        plane_means(shape, block.conv2.sum_rows(), &self.sums, &mut self.means);
+        attention(block, shape, shared.plan.order, &mut self.means, &mut self.scale, &mut self.gate);
+        // From here on the stem's output is no more.
+        self.ahead.forget();
+        let [x, _, y2] = &mut self.activations;
+        if let Some(shortcut) = &block.shortcut {
+            let from = shortcut.input;
+            let input =
+                DirectInput { data: x.data(from), step: [2 * from.plane(), 2 * from.row(), 2 * LANES], length: LANES };
+            self.list.clear();
+            self.list.extend(0..shape.dhw[0]);
+            let ending = Ending::Merge(&self.scale);
+            conv::direct(context, shortcut, shared.weights(shortcut), input, y2, ending, &self.list)?;
+            self.activations.swap(0, 2);
+        } else {
+            let last = index + 1 == shared.plan.blocks.len();
+            let sums = last.then_some(Sums(&mut self.sums));
+            conv::merge(context, shape, x, y2, &self.scale, sums)?;
+        }
+        self.seconds[3 * index + 3] = started.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// The pooled vector, the feature map in C, D, H, W order, the logits and scores, from the last activation.
+    fn head(&mut self, out: &mut Inference) {
+        let plan = &self.shared.plan;
+        let Some(last) = plan.blocks.last() else { return };
+        let shape = last.conv2.output;
+        let [d, h, w] = shape.dhw;
+        out.pooled.clear();
+        out.pooled.extend((0..shape.c).map(|ch| {
+            let sums = &self.sums[ch / LANES * h * d * LANES..][..h * d * LANES];
+            let sum: f64 = sums[ch % LANES..].iter().step_by(LANES).map(|&v| f64::from(v)).sum();
+            (sum / (d * h * w) as f64) as f32
+        }));
+        let x = self.activations[0].data(shape);
+        out.feature_shape_cdhw = [shape.c, d, h, w];
+        out.feature_map.clear();
+        for ch in 0..shape.c {
+            for z in 0..d {
+                for y in 0..h {
+                    let row = &x[shape.at(ch / LANES, [z, y, 0])..][..w * LANES];
+                    out.feature_map.extend(row[ch % LANES..].iter().step_by(LANES));
+                }
             }
-            if !depth && let Some(gate) = &block.channel {
-                channel_attention(gate, shape, means, scale, vectors);
-            }
+        }
+        out.logits.clear();
+        out.logits.resize(plan.head_bias.len(), 0.0);
+        linear(&plan.head_weight, &plan.head_bias, &out.pooled, &mut out.logits);
+        softmax_into(&out.logits, &mut out.scores);
+    }
+}
+
+/// The layers that a run times, in order: the stem, then each block's two convolutions and what follows them.
+fn layer_names(plan: &Plan) -> impl Iterator<Item = (String, &'static str, u64)> {
+    let of = |conv: &Conv| (conv.name.clone(), conv.method.as_str(), conv.macs());
+    let blocks = plan.blocks.iter().flat_map(move |block| {
+        let (method, macs) = block.shortcut.as_ref().map_or(("identity", 0), |s| (s.method.as_str(), s.macs()));
+        [of(&block.conv1), of(&block.conv2), (format!("{}.merge", block.name), method, macs)]
+    });
+    std::iter::once(of(&plan.stem)).chain(blocks)
+}
+
+/// A 3x3x3 convolution by its method; `tiles` are depth tiles, or planes of a direct one.
+#[allow(clippy::too_many_arguments)]
+fn convolution(
+    context: &Context<'_>,
+    conv: &Conv,
+    weights: &[f32],
+    input: &Tensor,
+    output: &mut Tensor,
+    relu: bool,
+    sums: Option<Sums<'_>>,
+    scratch: &mut [f32],
+    tiles: &[usize],
+) -> Result<(), EngineError> {
+    match conv.method {
+        Method::Winograd(tiling) => {
+            conv::winograd(context, conv, tiling, weights, input, output, relu, sums, scratch, tiles)
+        }
+        Method::Direct => {
+            assert!(relu && sums.is_none(), "only a strided convolution is done directly, and it has a ReLU");
+            let from = conv.input;
+            let stride = conv.stride;
+            let input = DirectInput {
+                data: input.data(from),
+                step: [stride * from.plane(), stride * from.row(), stride * LANES],
+                length: LANES,
+            };
+            conv::direct(context, conv, weights, input, output, Ending::Relu, tiles)
         }
     }
 }
 
-/// The mean of each plane and channel from the sums of its blocks of rows, added in their order.
-fn plane_means(shape: Padded, rows: usize, sums: &[f64], means: &mut [f32]) {
-    let [_, h, w] = shape.dhw;
-    let blocks = h.div_ceil(rows);
-    let planes = sums.chunks_exact(blocks * shape.c);
-    for (sums, means) in planes.zip(means.chunks_exact_mut(shape.c)) {
-        for (ch, mean) in means.iter_mut().enumerate() {
-            let sum: f64 = sums[ch..].iter().step_by(shape.c).sum();
-            *mean = (sum / (h * w) as f64) as f32;
+/// The mean of each plane and channel, `[plane][channel]`, from partial sums `[block][row][plane][16]`, added in order.
+fn plane_means(shape: Shape, rows: usize, sums: &[f32], means: &mut [f32]) {
+    let [d, h, w] = shape.dhw;
+    for z in 0..d {
+        for ch in 0..shape.c {
+            let first = (ch / LANES * rows * d + z) * LANES + ch % LANES;
+            let sum: f64 = sums[first..].iter().step_by(d * LANES).take(rows).map(|&v| f64::from(v)).sum();
+            means[z * shape.c + ch] = (sum / (h * w) as f64) as f32;
         }
+    }
+}
+
+/// The factor of each plane and channel, `[plane][padded channel]`, from their means, which it changes.
+///
+/// The second attention sees the means of what the first has scaled: scaling a plane scales its mean.
+fn attention(
+    block: &Block,
+    shape: Shape,
+    order: AttentionOrder,
+    means: &mut [f32],
+    scale: &mut [f32],
+    vectors: &mut [Vec<f32>; 3],
+) {
+    let d = shape.dhw[0];
+    let (means, scale) = (&mut means[..d * shape.c], &mut scale[..d * shape.padded_c()]);
+    scale.fill(1.0);
+    let depth_first = order == AttentionOrder::DepthFirst;
+    for depth in [depth_first, !depth_first] {
+        if depth && let Some(gate) = &block.depth {
+            depth_attention(gate, shape, means, scale, vectors);
+        }
+        if !depth && let Some(gate) = &block.channel {
+            channel_attention(gate, shape, means, scale, vectors);
+        }
+    }
+}
+
+/// `out[i] = bias[i] + sum over k of w[i][k] * x[k]`, summed in f64.
+fn linear(w: &[f32], bias: &[f32], x: &[f32], out: &mut [f32]) {
+    for ((row, b), out) in w.chunks_exact(x.len()).zip(bias).zip(out) {
+        // four sums in a fixed order: one would wait for itself
+        let mut sums = [0.0_f64; 4];
+        let (chunks, x_chunks) = (row.chunks_exact(4), x.chunks_exact(4));
+        let (rest, x_rest) = (chunks.remainder(), x_chunks.remainder());
+        for (w, v) in chunks.zip(x_chunks) {
+            for i in 0..4 {
+                sums[i] += f64::from(w[i]) * f64::from(v[i]);
+            }
+        }
+        let tail: f64 = rest.iter().zip(x_rest).map(|(w, v)| f64::from(*w) * f64::from(*v)).sum();
+        *out = ((sums[0] + sums[1]) + (sums[2] + sums[3]) + tail + f64::from(*b)) as f32;
     }
 }
 
@@ -265,17 +564,18 @@ fn run_gate(gate: &Gate, vectors: &mut [Vec<f32>; 3]) {
     let [input, hidden, out] = vectors;
     let hidden = &mut hidden[..gate.b0.len()];
     let ends = gate.b2.len();
-    kernels::linear(&gate.w0, &gate.b0, &input[..ends], hidden);
+    linear(&gate.w0, &gate.b0, &input[..ends], hidden);
     for v in hidden.iter_mut() {
-        *v = kernels::at_least(0.0, *v);
+        // what is not a number stays so, and is found in the logits
+        *v = if 0.0 > *v { 0.0 } else { *v };
     }
-    kernels::linear(&gate.w2, &gate.b2, hidden, &mut out[..ends]);
+    linear(&gate.w2, &gate.b2, hidden, &mut out[..ends]);
     for v in &mut out[..ends] {
         *v = (1.0 / (1.0 + (-f64::from(*v)).exp())) as f32;
     }
 }
 
-fn depth_attention(gate: &Gate, shape: Padded, means: &mut [f32], scale: &mut [f32], vectors: &mut [Vec<f32>; 3]) {
+fn depth_attention(gate: &Gate, shape: Shape, means: &mut [f32], scale: &mut [f32], vectors: &mut [Vec<f32>; 3]) {
     let (c, d) = (shape.c, shape.dhw[0]);
     // the weights' order is [channel][plane]
     for (z, means) in means.chunks_exact(c).enumerate() {
@@ -284,7 +584,7 @@ fn depth_attention(gate: &Gate, shape: Padded, means: &mut [f32], scale: &mut [f
         }
     }
     run_gate(gate, vectors);
-    let planes = means.chunks_exact_mut(c).zip(scale.chunks_exact_mut(c));
+    let planes = means.chunks_exact_mut(c).zip(scale.chunks_exact_mut(shape.padded_c()));
     for (z, (means, scale)) in planes.enumerate() {
         for (ch, (mean, factor)) in means.iter_mut().zip(scale).enumerate() {
             let gain = vectors[2][ch * d + z];
@@ -294,14 +594,14 @@ fn depth_attention(gate: &Gate, shape: Padded, means: &mut [f32], scale: &mut [f
     }
 }
 
-fn channel_attention(gate: &Gate, shape: Padded, means: &mut [f32], scale: &mut [f32], vectors: &mut [Vec<f32>; 3]) {
+fn channel_attention(gate: &Gate, shape: Shape, means: &mut [f32], scale: &mut [f32], vectors: &mut [Vec<f32>; 3]) {
     let (c, d) = (shape.c, shape.dhw[0]);
     for (ch, input) in vectors[0][..c].iter_mut().enumerate() {
         let sum: f64 = means[ch..].iter().step_by(c).map(|&m| f64::from(m)).sum();
         *input = (sum / d as f64) as f32;
     }
     run_gate(gate, vectors);
-    let planes = means.chunks_exact_mut(c).zip(scale.chunks_exact_mut(c));
+    let planes = means.chunks_exact_mut(c).zip(scale.chunks_exact_mut(shape.padded_c()));
     for (means, scale) in planes {
         let values = means.iter_mut().zip(scale);
         for ((mean, factor), gain) in values.zip(&vectors[2]) {
@@ -311,52 +611,48 @@ fn channel_attention(gate: &Gate, shape: Padded, means: &mut [f32], scale: &mut 
     }
 }
 
-/// The pooled vector, the feature map in C, D, H, W order, the logits and scores, from the last activation and its sums.
-fn head(plan: &Plan, arena: &mut Arena, out: &mut Inference) {
-    let Some(last) = plan.blocks.last() else {
-        return;
-    };
-    let shape = last.conv2.output;
-    let [d, h, w] = shape.dhw;
-    let c = shape.c;
-    let blocks = last.conv2.blocks();
-    let sums = &arena.sums[..d * blocks * c];
-    out.pooled.clear();
-    out.pooled.extend((0..c).map(|ch| {
-        let sum: f64 = sums[ch..].iter().step_by(c).sum();
-        (sum / (d * h * w) as f64) as f32
-    }));
-    let x = arena.activations[0].readable(shape);
-    out.feature_shape_cdhw = [c, d, h, w];
-    out.feature_map.clear();
-    for ch in 0..c {
-        for z in 1..=d {
-            for y in 1..=h {
-                let start = z * shape.plane_len() + y * shape.row_len() + c + ch;
-                let row = x[start..].iter().step_by(c).take(w);
-                out.feature_map.extend(row);
-            }
-        }
-    }
-    out.logits.clear();
-    out.logits.resize(plan.head_bias.len(), 0.0);
-    kernels::linear(&plan.head_weight, &plan.head_bias, &out.pooled, &mut out.logits);
-    softmax_into(&out.logits, &mut out.scores);
-}
-
 impl Session for CpuSession {
     fn run(&mut self, input: &[f32], cancel: &CancelToken, out: &mut Inference) -> Result<(), EngineError> {
-        let Self { arena, shared } = self;
+        let shared = Arc::clone(&self.shared);
         check_input(input, shared.plan.input_dhw)?;
-        shared.stem(input, &mut arena.activations[0], &mut arena.sums, cancel)?;
-        for block in &shared.plan.blocks {
-            shared.block(block, arena, cancel)?;
+        let context = Context { pool: &shared.pool, kernels: &shared.kernels, cancel };
+        self.seconds.fill(0.0);
+        self.take_input(input, None);
+        let (reused_macs, ahead_macs) = self.done_macs();
+        self.reuse = Reuse { reused_macs, ahead_macs, total_macs: shared.plan.macs };
+        self.prefix(&context, None)?;
+        for index in 0..shared.plan.blocks.len() {
+            self.block(&context, index)?;
         }
-        head(&shared.plan, arena, out);
+        self.head(out);
         if out.logits.iter().any(|v| !v.is_finite()) {
             return Err(EngineError::NotFinite);
         }
         Ok(())
+    }
+
+    fn advance(&mut self, input: &[f32], ready: &[bool], cancel: &CancelToken) -> Result<(), EngineError> {
+        let shared = Arc::clone(&self.shared);
+        let [d, h, w] = shared.plan.input_dhw;
+        if input.len() != d * h * w {
+            return Err(EngineError::InputLength { expected: d * h * w, got: input.len() });
+        }
+        if ready.len() != d {
+            return Err(EngineError::InputLength { expected: d, got: ready.len() });
+        }
+        self.take_input(input, Some(ready));
+        self.prefix(&Context { pool: &shared.pool, kernels: &shared.kernels, cancel }, Some(ready))
+    }
+
+    fn reuse(&self) -> Reuse {
+        self.reuse
+    }
+
+    fn layers(&self) -> Vec<LayerTiming> {
+        layer_names(&self.shared.plan)
+            .zip(&self.seconds)
+            .map(|((name, kernel, macs), &seconds)| LayerTiming { name, kernel, macs, seconds })
+            .collect()
     }
 }
 
@@ -373,7 +669,7 @@ mod tests {
     #[test]
     fn a_cancelled_session_gives_the_same_bits_afterwards() {
         let model = model();
-        let options = EngineOptions { threads: 2 };
+        let options = EngineOptions { threads: 2, ..EngineOptions::default() };
         let backend = CpuBackend::new(&model, &options, None).unwrap();
         let input = synthetic::volume(model.manifest.architecture.input_dhw, 1);
         let (mut first, mut again) = (Inference::default(), Inference::default());
@@ -393,7 +689,7 @@ mod tests {
     #[test]
     fn wrong_inputs_are_typed_errors() {
         let model = model();
-        let options = EngineOptions { threads: 1 };
+        let options = EngineOptions { threads: 1, ..EngineOptions::default() };
         let backend = CpuBackend::new(&model, &options, None).unwrap();
         let mut session = backend.session().unwrap();
         let mut input = synthetic::volume(model.manifest.architecture.input_dhw, 1);
@@ -412,10 +708,10 @@ mod tests {
     #[test]
     fn the_stated_memory_is_what_is_allocated() {
         let model = model();
-        let backend = CpuBackend::new(&model, &EngineOptions { threads: 1 }, None).unwrap();
+        let backend = CpuBackend::new(&model, &EngineOptions { threads: 1, ..EngineOptions::default() }, None).unwrap();
         // 3 activations of the widest stage, (5 + 2) * (11 + 2) * (15 + 2) * 4 floats
         assert!(backend.session_bytes() >= 3 * 7 * 13 * 17 * 4 * 4);
-        let parameters = model.manifest.architecture.parameter_count() as usize;
-        assert!(backend.weight_bytes() <= 4 * parameters);
+        assert_eq!(backend.weight_bytes(), 4 * backend.plan().weights_len + backend.plan().small_bytes());
+        assert_eq!(backend.mapped_bytes(), 0);
     }
 }

@@ -1,45 +1,215 @@
-//! The model rearranged for the kernels: batch normalisation folded, weights in the order they are read, blocking fixed.
+//! The model rearranged for the kernels: batch normalisation folded, a method a convolution, weights in the order they
+//! are read, shapes with their borders.
 //!
-//! The blocking depends on the architecture alone, never on threads or machine, so that every sum is taken in one order.
+//! **Choice of method.** A 3x3x3 convolution takes the tiling with the least estimated time on one core ([`cost_ns`];
+//! its three constants were measured, see `docs/performance.md`), stride 2 also direct. Where all the transformed weights
+//! would exceed [`WINOGRAD_BYTES`], the convolution that loses least time for the bytes it saves takes its next smaller
+//! tiling, until they fit. At full size: F(4,4,4) in layers 1 to 3, F(2,2,2) in layer 4. The choice depends on the
+//! architecture alone, not on threads or machine.
+//!
+//! Deliberately absent: memory of a run ([`super::arena`]) and what is done with the plan ([`super::conv`]).
 
-use super::arena::ArenaLengths;
-use super::kernels::{Padded, STEM_TAPS, panel_index};
+use super::arena::Shape;
+use super::dispatch::Tiling;
+use super::simd::LANES;
 use crate::model::architecture::{BLOCKS, BN_EPSILON, STAGES};
 use crate::model::{AttentionOrder, Model};
 
-/// Floats of a block's computed rows: 256 KiB, so that with the weights of a tap it stays in a core's second-level cache.
-pub const BLOCK_FLOATS: usize = 64 * 1024;
+/// Bound on the transformed weights of all Winograd convolutions. F(4,4,4) everywhere would take 864 MiB at full size.
+pub const WINOGRAD_BYTES: usize = 420 << 20;
+/// Bytes of V and M of all tiles that the threads work on together: all tiles of a convolution in layer3 and layer4, so
+/// that their transformed weights are read once. Smaller blocks were slower, larger ones do not occur at full size.
+pub const SCRATCH_BYTES: usize = 60 << 20;
+/// A convolution whose transformed weights are at most this many bytes keeps them in a third-level cache of 32 MiB
+/// between blocks of tiles, so that each thread takes blocks of its own.
+pub const PRIVATE_WEIGHT_BYTES: usize = 16 << 20;
+/// Bytes of V and M of one thread's block in that case, or one row of tiles (8 MB in the first convolution of layer2).
+pub const PRIVATE_SCRATCH_BYTES: usize = 3_400_000;
+
+/// Taps of a row of the stem's kernel.
+pub const STEM_ROW_TAPS: usize = 7;
+/// Rows of the stem's kernel: 3 x 7.
+pub const STEM_ROWS: usize = 21;
+
+/// How a convolution is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// Winograd transforms.
+    Winograd(Tiling),
+    /// Sums over taps and channels.
+    Direct,
+}
+
+impl Method {
+    /// Its name in reports.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Winograd(tiling) => tiling.as_str(),
+            Self::Direct => "direct",
+        }
+    }
+}
 
 /// A convolution with its folded batch normalisation.
+#[derive(Clone, Debug)]
 pub struct Conv {
-    /// Input, with border.
-    pub input: Padded,
-    /// Output, with border.
-    pub output: Padded,
-    /// 1 or 2, all axes.
+    /// Its name in the weights file, without `.weight`.
+    pub name: String,
+    /// Input.
+    pub input: Shape,
+    /// Output.
+    pub output: Shape,
+    /// Taps of the kernel: 27, 1, or 147 for the stem.
+    pub taps: usize,
+    /// 1 or 2, all axes (the stem: rows and columns).
     pub stride: usize,
-    /// 9 matrices (kz, ky) of `kx * c_in` x `c_out`; for the stem one of `147` x `c_out`, for a shortcut `c_in` x `c_out`.
-    /// Each in panels ([`panel_index`]).
-    pub weights: Vec<f32>,
-    /// One an output channel.
+    /// How it is computed.
+    pub method: Method,
+    /// Where its weights begin, floats.
+    pub weights_at: usize,
+    /// Floats of its weights.
+    pub weights_len: usize,
+    /// One an output channel, zero in the padding.
     pub bias: Vec<f32>,
-    /// Output rows of a block.
-    pub rows: usize,
+    /// What the weights are multiplied with, one an output channel.
+    scale: Vec<f64>,
+    /// With a direct method, where the segments of a voxel's inputs begin, from the first.
+    pub offsets: Vec<usize>,
+    /// With Winograd, which transformed weight each product takes.
+    pub weight_map: Vec<u16>,
 }
 
 impl Conv {
-    /// Voxels between two rows of a computed block.
-    pub fn pitch(&self) -> usize {
-        if self.stride == 1 { self.output.dhw[2] + 2 } else { self.output.dhw[2] }
+    /// Multiply-adds of the direct convolution.
+    pub fn macs(&self) -> u64 {
+        (self.taps * self.input.c * self.output.c) as u64 * self.output.dhw.iter().product::<usize>() as u64
     }
 
-    /// Blocks of rows in a plane.
-    pub fn blocks(&self) -> usize {
-        self.output.dhw[1].div_ceil(self.rows)
+    /// Tiles along each axis; of a direct convolution its voxels.
+    pub fn tiles(&self) -> [usize; 3] {
+        match self.method {
+            Method::Winograd(tiling) => tiles(tiling, self.output.dhw),
+            Method::Direct => self.output.dhw,
+        }
+    }
+
+    /// Rows of tiles of a plane: the rows of the sums that its outputs are added up in.
+    pub fn sum_rows(&self) -> usize {
+        self.tiles()[1]
+    }
+
+    /// Floats between two frequencies of `tiles` tiles with `c` channels: an odd number of cache lines.
+    pub fn frequency_stride(tiles: usize, c: usize) -> usize {
+        ((tiles * c / LANES) | 1) * LANES
+    }
+
+    /// Floats of V and of M for `rows` rows of tiles.
+    pub fn scratch(&self, rows: usize) -> [usize; 2] {
+        let Method::Winograd(tiling) = self.method else { return [0, 0] };
+        let tiles = rows * self.tiles()[2];
+        [self.input.padded_c(), self.output.padded_c()].map(|c| tiling.frequencies() * Self::frequency_stride(tiles, c))
+    }
+
+    /// Length of the weights, padding of the bias, offsets and map, once method and shapes are known.
+    fn lay_out(&mut self, stem_input: StemInput) {
+        let channels = self.input.padded_c() * self.output.padded_c();
+        self.bias.resize(self.output.padded_c(), 0.0);
+        (self.weights_len, self.offsets) = match self.method {
+            Method::Winograd(tiling) => {
+                self.weight_map = tiling.weight_map();
+                (tiling.weights() * channels, Vec::new())
+            }
+            Method::Direct if self.taps == 27 => (27 * channels, taps_of(self.input)),
+            Method::Direct if self.taps == 1 => (channels, centre_of(self.input)),
+            Method::Direct => {
+                let rows = (0..STEM_ROWS).map(|k| k / 7 * stem_input.plane() + k % 7 * stem_input.row());
+                (STEM_ROWS * STEM_ROW_TAPS * self.output.padded_c(), rows.collect())
+            }
+        };
+    }
+
+    /// A 3x3x3 convolution on its own, for measurements and tests: no scale, a bias of zeros.
+    pub fn alone([c_in, c_out]: [usize; 2], input_dhw: [usize; 3], stride: usize, method: Method) -> Self {
+        let mut input = Shape::new(c_in, input_dhw);
+        let output = Shape::new(c_out, input_dhw.map(|n| (n - 1) / stride + 1));
+        if let Method::Winograd(tiling) = method {
+            input.after = border_after(tiling, input.dhw, output.dhw);
+        }
+        let mut conv = Self {
+            name: "alone".to_owned(),
+            input,
+            output,
+            taps: 27,
+            stride,
+            method,
+            weights_at: 0,
+            weights_len: 0,
+            bias: vec![0.0; c_out],
+            scale: vec![1.0; c_out],
+            offsets: Vec::new(),
+            weight_map: Vec::new(),
+        };
+        conv.lay_out(StemInput::new([1; 3]));
+        conv
+    }
+
+    /// Its weights, `[c_out][c_in][27]`, as kernels with panels of `vectors` vectors read them.
+    pub fn packed(&self, vectors: usize, weights: &[f32]) -> Vec<f32> {
+        let mut packed = vec![0.0; self.weights_len];
+        for ci in 0..self.input.c {
+            pack_channel(self, vectors, weights, ci, |index, value| packed[index] = value);
+        }
+        packed
+    }
+
+    /// Whether each thread takes blocks of its own; otherwise all work on one block.
+    pub fn is_private(&self) -> bool {
+        self.weights_len * 4 <= PRIVATE_WEIGHT_BYTES
+    }
+
+    /// Rows of tiles of a block.
+    pub fn block_rows(&self) -> usize {
+        let [nd, nh, _] = self.tiles();
+        let (bound, most) = if self.is_private() { (PRIVATE_SCRATCH_BYTES, nh) } else { (SCRATCH_BYTES, nd * nh) };
+        let one: usize = self.scratch(1).iter().sum::<usize>() * 4;
+        let rows = (bound / one.max(1)).clamp(1, most);
+        // blocks of equal size
+        most.div_ceil(most.div_ceil(rows))
+    }
+}
+
+/// Tiles along each axis of an output.
+pub fn tiles(tiling: Tiling, output_dhw: [usize; 3]) -> [usize; 3] {
+    let outputs = tiling.outputs();
+    std::array::from_fn(|axis| output_dhw[axis].div_ceil(outputs[axis]))
+}
+
+/// Border behind each axis that the last tile reads.
+fn border_after(tiling: Tiling, input_dhw: [usize; 3], output_dhw: [usize; 3]) -> [usize; 3] {
+    let (tiles, steps, inputs) = (tiles(tiling, output_dhw), tiling.steps(), tiling.inputs());
+    std::array::from_fn(|axis| {
+        ((tiles[axis] - 1) * steps[axis] + inputs[axis]).saturating_sub(input_dhw[axis] + 1).max(1)
+    })
+}
+
+/// Estimated nanoseconds of a convolution on one core. Products at 110 G a second, 0.2 and 0.1 ns a value written to V
+/// and read from M, transformed weights at 20 GB/s; direct at 100 G multiply-adds a second.
+fn cost_ns(method: Method, c_in: usize, c_out: usize, output_dhw: [usize; 3]) -> f64 {
+    match method {
+        Method::Winograd(tiling) => {
+            let tiles = tiles(tiling, output_dhw).iter().product::<usize>() as f64;
+            let values = tiles * tiling.frequencies() as f64;
+            let (c_in, c_out) = (c_in as f64, c_out as f64);
+            values * c_in * c_out / 110.0
+                + values * (0.2 * c_in + 0.1 * c_out)
+                + tiling.weights() as f64 * c_in * c_out * 4.0 / 20.0
+        }
+        Method::Direct => (27 * c_in * c_out) as f64 * output_dhw.iter().product::<usize>() as f64 / 100.0,
     }
 }
 
 /// Two linear layers with ReLU between and a sigmoid behind.
+#[derive(Clone, Debug)]
 pub struct Gate {
     /// `[hidden][ends]`.
     pub w0: Vec<f32>,
@@ -51,8 +221,17 @@ pub struct Gate {
     pub b2: Vec<f32>,
 }
 
+impl Gate {
+    fn len(&self) -> usize {
+        self.w0.len() + self.b0.len() + self.w2.len() + self.b2.len()
+    }
+}
+
 /// A residual block.
+#[derive(Clone, Debug)]
 pub struct Block {
+    /// `layer{stage}.{index}`.
+    pub name: String,
     /// First convolution; carries the block's stride.
     pub conv1: Conv,
     /// Second convolution.
@@ -65,7 +244,8 @@ pub struct Block {
     pub channel: Option<Gate>,
 }
 
-/// A whole network.
+/// A whole network, without its convolutions' weights.
+#[derive(Clone, Debug)]
 pub struct Plan {
     /// Input shape.
     pub input_dhw: [usize; 3],
@@ -79,20 +259,55 @@ pub struct Plan {
     pub head_weight: Vec<f32>,
     /// `[classes]`.
     pub head_bias: Vec<f32>,
+    /// Floats of all convolutions' weights.
+    pub weights_len: usize,
+    /// Multiply-adds of one run, as the architecture counts them.
+    pub macs: u64,
+}
+
+/// The stem's copy of the input with its border of zeros: 1 plane, 3 rows and 3 columns before, enough behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StemInput {
+    /// Voxels along each axis with the border.
+    pub bordered: [usize; 3],
+}
+
+impl StemInput {
+    /// Planes, rows, columns of border before the input.
+    pub const BEFORE: [usize; 3] = [1, 3, 3];
+
+    fn new(input_dhw: [usize; 3]) -> Self {
+        let [d, h, w] = input_dhw;
+        // the last output of an axis of n reads 7 voxels from 2 * (ceil(n / 2) - 1)
+        Self { bordered: [d + 2, 2 * h.div_ceil(2) + 5, 2 * w.div_ceil(2) + 5] }
+    }
+    /// Floats of a row.
+    pub const fn row(&self) -> usize {
+        self.bordered[2]
+    }
+    /// Floats of a plane.
+    pub const fn plane(&self) -> usize {
+        self.bordered[1] * self.bordered[2]
+    }
+    /// Floats of all.
+    pub const fn total(&self) -> usize {
+        self.bordered[0] * self.plane()
+    }
 }
 
 impl Plan {
     /// Rearranges `model`.
     pub fn new(model: &Model) -> Self {
         let architecture = &model.manifest.architecture;
-        let mut x = Padded { c: architecture.base_width, dhw: architecture.stem_dhw() };
-        let stem = stem(model, x);
+        let mut x = Shape::new(architecture.base_width, architecture.stem_dhw());
+        let mut stem = conv(model, ["stem.0", "stem.1"], x, x, 2);
+        stem.input.c = 1;
         let mut blocks = Vec::with_capacity(STAGES * BLOCKS);
         for stage in 1..=STAGES {
             for index in 0..BLOCKS {
                 let name = format!("layer{stage}.{index}");
                 let strided = stage > 1 && index == 0;
-                let y = Padded { c: architecture.stage_channels(stage), dhw: architecture.stage_dhw(stage) };
+                let y = Shape::new(architecture.stage_channels(stage), architecture.stage_dhw(stage));
                 let stride = if strided { 2 } else { 1 };
                 let gate = |part: &str| Gate {
                     w0: model.weights.get(&format!("{name}.{part}.fc.0.weight")).to_vec(),
@@ -100,65 +315,198 @@ impl Plan {
                     w2: model.weights.get(&format!("{name}.{part}.fc.2.weight")).to_vec(),
                     b2: model.weights.get(&format!("{name}.{part}.fc.2.bias")).to_vec(),
                 };
+                let part = |part: &str, bn: &str, x, y, stride| {
+                    conv(model, [&format!("{name}.{part}"), &format!("{name}.{bn}")], x, y, stride)
+                };
                 blocks.push(Block {
-                    conv1: conv(model, &name, ["conv1", "bn1"], x, y, stride),
-                    conv2: conv(model, &name, ["conv2", "bn2"], y, y, 1),
-                    shortcut: strided.then(|| conv(model, &name, ["downsample.0", "downsample.1"], x, y, 2)),
+                    conv1: part("conv1", "bn1", x, y, stride),
+                    conv2: part("conv2", "bn2", y, y, 1),
+                    shortcut: strided.then(|| part("downsample.0", "downsample.1", x, y, 2)),
                     depth: architecture.depth_attention.then(|| gate("da")),
                     channel: architecture.channel_attention.then(|| gate("se")),
+                    name,
                 });
                 x = y;
             }
         }
-        Self {
+        let mut plan = Self {
             input_dhw: architecture.input_dhw,
             stem,
             blocks,
             order: architecture.attention_order,
             head_weight: model.weights.head_weight().to_vec(),
             head_bias: model.weights.head_bias().to_vec(),
-        }
+            weights_len: 0,
+            macs: architecture.macs(),
+        };
+        plan.choose_methods();
+        plan.lay_out();
+        plan
     }
 
-    fn convolutions(&self) -> impl Iterator<Item = &Conv> {
+    /// Every convolution, in the order they run.
+    pub fn convolutions(&self) -> impl Iterator<Item = &Conv> {
         let blocks = self.blocks.iter().flat_map(|b| [Some(&b.conv1), Some(&b.conv2), b.shortcut.as_ref()]);
         std::iter::once(&self.stem).chain(blocks.flatten())
+    }
+
+    fn convolutions_mut(&mut self) -> impl Iterator<Item = &mut Conv> {
+        let blocks = self.blocks.iter_mut().flat_map(|b| [Some(&mut b.conv1), Some(&mut b.conv2), b.shortcut.as_mut()]);
+        std::iter::once(&mut self.stem).chain(blocks.flatten())
     }
 
     fn gates(&self) -> impl Iterator<Item = &Gate> {
         self.blocks.iter().flat_map(|b| [b.depth.as_ref(), b.channel.as_ref()]).flatten()
     }
 
-    /// What a session must allocate.
-    pub fn arena_lengths(&self) -> ArenaLengths {
-        let mut lengths = ArenaLengths::default();
-        for conv in self.convolutions() {
-            let Padded { c, dhw } = conv.output;
-            let planes = dhw[0] * c;
-            lengths.activation = lengths.activation.max(conv.output.len());
-            lengths.sums = lengths.sums.max(planes * conv.blocks());
-            lengths.planes = lengths.planes.max(planes);
+    /// Gives each 3x3x3 convolution its method: see the module's page.
+    fn choose_methods(&mut self) {
+        let options = |conv: &Conv| -> Vec<Method> {
+            if conv.taps != 27 {
+                return vec![Method::Direct];
+            }
+            let winograd = |tilings: &[Tiling]| tilings.iter().map(|t| Method::Winograd(*t)).collect::<Vec<_>>();
+            if conv.stride == 1 {
+                return winograd(&Tiling::STRIDE_1);
+            }
+            let mut all = winograd(&Tiling::STRIDE_2);
+            all.push(Method::Direct);
+            all
+        };
+        let cost =
+            |conv: &Conv, method| cost_ns(method, conv.input.padded_c(), conv.output.padded_c(), conv.output.dhw);
+        let bytes = |conv: &Conv, method: Method| match method {
+            Method::Winograd(tiling) => 4 * tiling.weights() * conv.input.padded_c() * conv.output.padded_c(),
+            Method::Direct => 0,
+        };
+        for conv in self.convolutions_mut() {
+            let best = options(conv).into_iter().min_by(|a, b| cost(conv, *a).total_cmp(&cost(conv, *b)));
+            conv.method = best.unwrap_or(Method::Direct);
         }
-        for gate in self.gates() {
-            lengths.gate_ends = lengths.gate_ends.max(gate.b2.len());
-            lengths.gate_hidden = lengths.gate_hidden.max(gate.b0.len());
+        loop {
+            let total: usize = self.convolutions().map(|conv| bytes(conv, conv.method)).sum();
+            if total <= WINOGRAD_BYTES {
+                return;
+            }
+            // The cheapest step down, in time lost a byte saved; the first of equals.
+            let mut cheapest: Option<(f64, usize, Method)> = None;
+            for (index, conv) in self.convolutions().enumerate() {
+                for method in options(conv) {
+                    let saved = bytes(conv, conv.method).saturating_sub(bytes(conv, method));
+                    if saved == 0 {
+                        continue;
+                    }
+                    let price = (cost(conv, method) - cost(conv, conv.method)) / saved as f64;
+                    if cheapest.is_none_or(|(least, ..)| price < least) {
+                        cheapest = Some((price, index, method));
+                    }
+                }
+            }
+            let Some((_, index, method)) = cheapest else { return };
+            if let Some(conv) = self.convolutions_mut().nth(index) {
+                conv.method = method;
+            }
         }
-        lengths
     }
 
-    /// Floats that each thread needs for a block: computed rows, and the stem's patches.
-    pub fn scratch_len(&self) -> usize {
-        let block = |conv: &Conv| conv.rows * conv.pitch() * conv.output.c;
-        let patches = self.stem.rows * self.stem.pitch() * STEM_TAPS;
-        self.convolutions().map(block).max().unwrap_or(0).max(block(&self.stem) + patches)
+    /// Borders, offsets and places of weights, once methods are chosen.
+    fn lay_out(&mut self) {
+        // One shape a stage: the largest border that any of its readers needs.
+        let shapes: Vec<Shape> = (1..=STAGES)
+            .map(|stage| {
+                let own = self.blocks[(stage - 1) * BLOCKS].conv2.input;
+                let mut shape = own;
+                for conv in self.convolutions().filter(|conv| conv.taps == 27) {
+                    if conv.input == own
+                        && let Method::Winograd(tiling) = conv.method
+                    {
+                        let after = border_after(tiling, own.dhw, conv.output.dhw);
+                        shape.after = std::array::from_fn(|axis| shape.after[axis].max(after[axis]));
+                    }
+                }
+                shape
+            })
+            .collect();
+        let mut x = shapes[0];
+        self.stem.output = x;
+        for (index, block) in self.blocks.iter_mut().enumerate() {
+            let y = shapes[index / BLOCKS];
+            (block.conv1.input, block.conv1.output) = (x, y);
+            (block.conv2.input, block.conv2.output) = (y, y);
+            if let Some(shortcut) = &mut block.shortcut {
+                (shortcut.input, shortcut.output) = (x, y);
+            }
+            x = y;
+        }
+        let stem_input = self.stem_input();
+        let mut at = 0;
+        for conv in self.convolutions_mut() {
+            conv.lay_out(stem_input);
+            conv.weights_at = at;
+            at += conv.weights_len;
+        }
+        self.weights_len = at;
     }
 
-    /// Bytes of weights.
-    pub fn weight_bytes(&self) -> usize {
-        let convolutions: usize = self.convolutions().map(|c| c.weights.len() + c.bias.len()).sum();
-        let gates: usize = self.gates().map(|g| g.w0.len() + g.b0.len() + g.w2.len() + g.b2.len()).sum();
-        4 * (convolutions + gates + self.head_weight.len() + self.head_bias.len())
+    /// The stem's copy of the input.
+    pub fn stem_input(&self) -> StemInput {
+        StemInput::new(self.input_dhw)
     }
+
+    /// Floats of the largest activation.
+    pub fn activation_len(&self) -> usize {
+        self.convolutions().map(|conv| conv.output.len()).max().unwrap_or(0)
+    }
+
+    /// Floats of the partial sums: of each block of channels, row of tiles (or of voxels, for the last) and plane.
+    pub fn sums_len(&self) -> usize {
+        let of = |conv: &Conv, rows: usize| conv.output.padded_c() * rows * conv.output.dhw[0];
+        let last = self.blocks.last().map_or(0, |b| of(&b.conv2, b.conv2.output.dhw[1]));
+        self.blocks.iter().map(|b| of(&b.conv2, b.conv2.sum_rows())).max().unwrap_or(0).max(last)
+    }
+
+    /// Largest product of planes and padded channels.
+    pub fn planes_len(&self) -> usize {
+        self.convolutions().map(|conv| conv.output.dhw[0] * conv.output.padded_c()).max().unwrap_or(0)
+    }
+
+    /// Longest input and widest hidden layer of an attention.
+    pub fn gate_lengths(&self) -> [usize; 2] {
+        let longest = |len: fn(&Gate) -> usize| self.gates().map(len).max().unwrap_or(0);
+        [longest(|g| g.b2.len()), longest(|g| g.b0.len())]
+    }
+
+    /// Floats of V and M for `threads` threads.
+    pub fn scratch_len(&self, threads: usize) -> usize {
+        let of = |conv: &Conv| {
+            let one: usize = conv.scratch(conv.block_rows()).iter().sum();
+            if conv.is_private() { threads * one } else { one }
+        };
+        self.convolutions().map(of).max().unwrap_or(0)
+    }
+
+    /// Bytes that all this takes besides the convolutions' weights.
+    pub fn small_bytes(&self) -> usize {
+        let gates: usize = self.gates().map(Gate::len).sum();
+        let biases: usize = self.convolutions().map(|c| c.bias.len()).sum();
+        4 * (gates + biases + self.head_weight.len() + self.head_bias.len())
+    }
+}
+
+/// Where a 3x3x3 kernel's taps of each block of channels lie, from the first: kz, ky, kx, block.
+fn taps_of(input: Shape) -> Vec<usize> {
+    let mut offsets = Vec::with_capacity(27 * input.blocks());
+    for tap in 0..27 {
+        for block in 0..input.blocks() {
+            offsets.push(tap / 9 * input.plane() + tap / 3 % 3 * input.row() + tap % 3 * LANES + block * input.block());
+        }
+    }
+    offsets
+}
+
+/// As [`taps_of`] for the middle tap alone.
+fn centre_of(input: Shape) -> Vec<usize> {
+    (0..input.blocks()).map(|block| input.at(block, [0, 0, 0])).collect()
 }
 
 /// Scale and shift of a batch normalisation: `y = x * scale + shift`.
@@ -173,50 +521,82 @@ fn folded(model: &Model, bn: &str) -> (Vec<f64>, Vec<f32>) {
     (scale, shift)
 }
 
-/// `[c_out][c_in][taps]` to `taps / run` matrices `run * c_in` x `c_out` in panels, scaled by output channel; `run` taps
-/// along a row make one matrix.
-fn rearranged(weights: &[f32], scale: &[f64], c_in: usize, taps: usize, run: usize) -> Vec<f32> {
-    let c_out = scale.len();
-    let depth = run * c_in;
-    let mut out = vec![0.0; weights.len()];
-    for ((co, kernel), scale) in weights.chunks_exact(c_in * taps).enumerate().zip(scale) {
-        for (ci, kernel) in kernel.chunks_exact(taps).enumerate() {
-            for (tap, &w) in kernel.iter().enumerate() {
-                let matrix = tap / run * depth * c_out;
-                let k = tap % run * c_in + ci;
-                out[matrix + panel_index([depth, c_out], k, co)] = (f64::from(w) * scale) as f32;
+fn conv(model: &Model, [name, bn]: [&str; 2], input: Shape, output: Shape, stride: usize) -> Conv {
+    let (scale, bias) = folded(model, bn);
+    let weights = model.weights.tensor(&format!("{name}.weight"));
+    Conv {
+        name: name.to_owned(),
+        input,
+        output,
+        taps: weights.shape[2..].iter().product(),
+        stride,
+        method: Method::Direct,
+        weights_at: 0,
+        weights_len: 0,
+        bias,
+        scale,
+        offsets: Vec::new(),
+        weight_map: Vec::new(),
+    }
+}
+
+/// Where weight (input channel or tap `k` of `depth`, output channel `co`) lies in panels of `vectors` vectors.
+pub fn panel_index(vectors: usize, depth: usize, padded_c_out: usize, k: usize, co: usize) -> usize {
+    let vector = co / LANES;
+    let panel = vector / vectors;
+    let count = vectors.min(padded_c_out / LANES - panel * vectors);
+    panel * vectors * depth * LANES + (k * count + vector % vectors) * LANES + co % LANES
+}
+
+/// The weights of input channel `ci` of `conv`, for all output channels, to their places in `write(index, value)`.
+///
+/// `weights` is `[c_out][c_in][taps]`.
+pub fn pack_channel(conv: &Conv, vectors: usize, weights: &[f32], ci: usize, mut write: impl FnMut(usize, f32)) {
+    let (c_in, taps) = (conv.input.c, conv.taps);
+    let (padded_in, padded_out) = (conv.input.padded_c(), conv.output.padded_c());
+    let kernel = |co: usize| &weights[(co * c_in + ci) * taps..][..taps];
+    match conv.method {
+        Method::Winograd(tiling) => {
+            let count = tiling.weights();
+            // sixteen outputs at a time, so that whole lines are written
+            let mut transformed = vec![0.0_f64; count * LANES];
+            let mut one = vec![0.0; count];
+            for first in (0..conv.output.c).step_by(LANES) {
+                let outputs = LANES.min(conv.output.c - first);
+                for lane in 0..outputs {
+                    let scale = conv.scale[first + lane];
+                    let w: [f64; 27] = std::array::from_fn(|k| f64::from(kernel(first + lane)[k]) * scale);
+                    tiling.kernel_transform(&w, &mut one);
+                    for (f, value) in one.iter().enumerate() {
+                        transformed[f * LANES + lane] = *value;
+                    }
+                }
+                let at = panel_index(vectors, padded_in, padded_out, ci, first);
+                for f in 0..count {
+                    for lane in 0..outputs {
+                        write(f * padded_in * padded_out + at + lane, transformed[f * LANES + lane] as f32);
+                    }
+                }
+            }
+        }
+        Method::Direct if taps == STEM_ROWS * STEM_ROW_TAPS => {
+            for co in 0..conv.output.c {
+                for (tap, w) in kernel(co).iter().enumerate() {
+                    let value = (f64::from(*w) * conv.scale[co]) as f32;
+                    write(panel_index(vectors, taps, padded_out, tap, co), value);
+                }
+            }
+        }
+        Method::Direct => {
+            let depth = taps * padded_in;
+            for co in 0..conv.output.c {
+                for (tap, w) in kernel(co).iter().enumerate() {
+                    let value = (f64::from(*w) * conv.scale[co]) as f32;
+                    write(panel_index(vectors, depth, padded_out, tap * padded_in + ci, co), value);
+                }
             }
         }
     }
-    out
-}
-
-fn block_rows(row_floats: usize, rows: usize) -> usize {
-    (BLOCK_FLOATS / row_floats.max(1)).clamp(1, rows)
-}
-
-fn stem(model: &Model, output: Padded) -> Conv {
-    let (scale, bias) = folded(model, "stem.1");
-    let mut conv = Conv {
-        input: output,
-        output,
-        stride: 2,
-        weights: rearranged(model.weights.get("stem.0.weight"), &scale, 1, STEM_TAPS, STEM_TAPS),
-        bias,
-        rows: 1,
-    };
-    conv.rows = block_rows(conv.pitch() * output.c.max(STEM_TAPS), output.dhw[1]);
-    conv
-}
-
-fn conv(model: &Model, block: &str, [name, bn]: [&str; 2], input: Padded, output: Padded, stride: usize) -> Conv {
-    let (scale, bias) = folded(model, &format!("{block}.{bn}"));
-    let weights = model.weights.get(&format!("{block}.{name}.weight"));
-    let taps = weights.len() / (input.c * output.c);
-    let mut conv =
-        Conv { input, output, stride, weights: rearranged(weights, &scale, input.c, taps, taps.min(3)), bias, rows: 1 };
-    conv.rows = block_rows(conv.pitch() * output.c, output.dhw[1]);
-    conv
 }
 
 #[cfg(test)]
@@ -224,28 +604,56 @@ mod tests {
     use super::*;
     use crate::model::Architecture;
 
-    #[test]
-    fn weights_are_read_in_the_order_tap_input_output() {
-        // 2 outputs, 3 inputs, 2 taps
-        let weights: Vec<f32> = (0..12).map(|i| i as f32).collect();
-        let expected = [0.0, 60.0, 2.0, 80.0, 4.0, 100.0, 1.0, 70.0, 3.0, 90.0, 5.0, 110.0];
-        assert_eq!(rearranged(&weights, &[1.0, 10.0], 3, 2, 2), expected);
-        assert_eq!(rearranged(&weights, &[1.0, 10.0], 3, 2, 1), expected);
-        // 33 outputs, 1 input, 2 taps in one matrix: a panel of 32 and one of 1
-        let weights: Vec<f32> = (0..66).map(|i| i as f32).collect();
-        let out = rearranged(&weights, &[1.0; 33], 1, 2, 2);
-        assert_eq!(out[..3], [0.0, 2.0, 4.0]);
-        assert_eq!(out[32..34], [1.0, 3.0]);
-        assert_eq!(out[64..], [64.0, 65.0]);
+    fn plan(architecture: &Architecture) -> Plan {
+        Plan::new(&Model::synthetic("t", architecture, 1).unwrap())
     }
 
     #[test]
-    fn a_block_of_rows_stays_within_its_bound() {
-        let architecture = Architecture { input_dhw: [8, 224, 224], base_width: 16, ..Architecture::full() };
-        let plan = Plan::new(&Model::synthetic("t", &architecture, 1).unwrap());
-        assert!(plan.scratch_len() <= 2 * BLOCK_FLOATS);
-        for conv in plan.convolutions() {
-            assert!(conv.rows >= 1 && conv.rows <= conv.output.dhw[1]);
+    fn panels_hold_every_weight_once() {
+        for (vectors, padded_c_out) in [(4, 64), (4, 16), (4, 80), (1, 48), (4, 112)] {
+            let depth = 5;
+            let mut seen = vec![false; depth * padded_c_out];
+            for k in 0..depth {
+                for co in 0..padded_c_out {
+                    let at = panel_index(vectors, depth, padded_c_out, k, co);
+                    assert!(!std::mem::replace(&mut seen[at], true));
+                }
+            }
+            assert!(seen.into_iter().all(|s| s));
         }
+    }
+
+    #[test]
+    fn the_full_network_keeps_within_its_bounds() {
+        let plan = plan(&Architecture::full());
+        let winograd: usize =
+            plan.convolutions().filter(|c| c.method != Method::Direct).map(|c| c.weights_len * 4).sum();
+        assert!(winograd <= WINOGRAD_BYTES, "{winograd}");
+        assert_eq!(plan.convolutions().map(Conv::macs).sum::<u64>() / 1_000_000_000, 636);
+        for conv in plan.convolutions().filter(|c| c.taps == 27 && c.stride == 1) {
+            assert!(matches!(conv.method, Method::Winograd(_)), "{}", conv.name);
+        }
+        for name in ["layer1.0.conv1", "layer1.1.conv2", "layer2.0.conv2", "layer2.1.conv2"] {
+            let conv = plan.convolutions().find(|c| c.name == name).unwrap();
+            assert_eq!(conv.method, Method::Winograd(Tiling::F444), "{name}");
+        }
+        assert!(plan.scratch_len(2) * 4 <= SCRATCH_BYTES);
+        assert!(plan.scratch_len(16) * 4 <= 16 * (8 << 20));
+    }
+
+    #[test]
+    fn borders_reach_as_far_as_the_last_tile_reads() {
+        let architecture = Architecture { base_width: 4, input_dhw: [5, 21, 30], ..Architecture::full() };
+        let plan = plan(&architecture);
+        for conv in plan.convolutions() {
+            let Method::Winograd(tiling) = conv.method else { continue };
+            let (tiles, steps, inputs) = (conv.tiles(), tiling.steps(), tiling.inputs());
+            for axis in 0..3 {
+                let reads = (tiles[axis] - 1) * steps[axis] + inputs[axis];
+                assert!(reads <= conv.input.bordered()[axis], "{} axis {axis}", conv.name);
+            }
+        }
+        assert!(plan.blocks.windows(2).all(|b| b[0].conv2.output == b[1].conv1.input));
+        assert_eq!(plan.stem.output, plan.blocks[0].conv1.input);
     }
 }

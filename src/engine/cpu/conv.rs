@@ -1,0 +1,890 @@
+//! Convolutions and merges over whole activations: the work cut into items, the items handed to the pool.
+//!
+//! Input and output: activations ([`super::arena::Tensor`]), packed weights, sums. Invariants: items write to places of
+//! their own; which thread does one, and how tiles are grouped, changes no bit of any output. The cancel token is read
+//! before each item; an item takes about a millisecond on one core at full size.
+//!
+//! Two ways through a Winograd convolution. Where the transformed weights stay in the cache ([`Conv::is_private`]) each
+//! thread takes blocks of tiles through all three steps, blocks along depth first, so that the planes two tiles share
+//! are still in the cache; otherwise all threads do one step of one block together, so that weights are read once a block.
+//!
+//! Every function here checks the lengths that its kernels rely on, and is safe to call.
+#![allow(unsafe_code)]
+
+use super::arena::{Shape, Tensor};
+use super::dispatch::{Kernels, Tiling, Transforms};
+use super::matrix::{DirectRow, Frequency, MergeRow};
+use super::plan::Conv;
+use super::pool::Pool;
+use super::simd::LANES;
+use super::winograd::{InputRow, OutputRow};
+use crate::engine::{CancelToken, EngineError};
+
+/// Outputs larger than this are written past the caches: nothing of them would be left there when they are read.
+const STREAM_FROM_BYTES: usize = 24 << 20;
+/// Rows of output voxels of an item of a direct convolution: about half a millisecond at full size.
+const DIRECT_ROWS: usize = 8;
+
+/// What every step needs.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// Kernels.
+    pub kernels: &'a Kernels,
+    /// Looked at before each item.
+    pub cancel: &'a CancelToken,
+}
+
+impl Context<'_> {
+    fn run(&self, items: usize, work: &(dyn Fn(usize, usize) + Sync)) -> Result<(), EngineError> {
+        self.pool.run(items, &|item, thread| {
+            if !self.cancel.is_cancelled() {
+                work(item, thread);
+            }
+        });
+        if self.cancel.is_cancelled() { Err(EngineError::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// A place that several threads write to, each its own part.
+#[derive(Clone, Copy)]
+struct Place(*mut f32);
+
+// SAFETY: a `Place` is only used inside the functions of this file, which give each item a part of its own.
+unsafe impl Send for Place {}
+// SAFETY: as above.
+unsafe impl Sync for Place {}
+
+impl Place {
+    /// # Safety
+    /// `index` lies within the place.
+    unsafe fn at(self, index: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(index) }
+    }
+}
+
+/// What is added up besides the output, and where.
+pub struct Sums<'a>(pub &'a mut [f32]);
+
+impl Sums<'_> {
+    /// Floats for `rows` partial sums of each channel and plane: `[block][row][plane][16]`.
+    pub const fn len(shape: Shape, rows: usize) -> usize {
+        shape.padded_c() * rows * shape.dhw[0]
+    }
+}
+
+/// The parts of a Winograd convolution that its items share.
+struct Winograd<'a> {
+    conv: &'a Conv,
+    tiling: Tiling,
+    kernels: &'a Kernels,
+    transforms: Transforms,
+    weights: &'a [f32],
+    input: &'a [f32],
+    output: Place,
+    sums: Option<Place>,
+    relu: bool,
+    stream: bool,
+    tiles: [usize; 3],
+}
+
+impl Winograd<'_> {
+    /// V of one row of tiles, the `slot`th of its block.
+    ///
+    /// # Safety
+    /// `row` and `block` are in range, and `v` holds the block's V.
+    unsafe fn input(&self, [z, y]: [usize; 2], slot: usize, block: usize, v: Place, stride: usize) {
+        let shape = self.conv.input;
+        let steps = self.tiling.steps();
+        let c = shape.padded_c();
+        // SAFETY: the input's border reaches as far as the last tile reads (checked in `winograd`); slots of a block lie
+        // within a frequency.
+        unsafe {
+            let first = block * shape.block() + z * steps[0] * shape.plane() + y * steps[1] * shape.row();
+            (self.transforms.input_row)(&InputRow {
+                x: self.input.as_ptr().add(first),
+                plane: shape.plane(),
+                row: shape.row(),
+                v: v.at(slot * self.tiles[2] * c + block * LANES),
+                frequency: stride,
+                tile: c,
+                tiles: self.tiles[2],
+            });
+        }
+    }
+
+    /// M of one frequency.
+    ///
+    /// # Safety
+    /// `v` and `m` hold the block's V and M with `tiles` tiles.
+    unsafe fn product(&self, frequency: usize, tiles: usize, v: Place, m: Place, strides: [usize; 2]) {
+        let (c_in, c_out) = (self.conv.input.padded_c(), self.conv.output.padded_c());
+        let weights = self.conv.weight_map[frequency] as usize * c_in * c_out;
+        // SAFETY: the caller's promise; the weights' length was checked in `winograd`.
+        unsafe {
+            (self.kernels.frequency)(&Frequency {
+                tiles,
+                c_in,
+                c_out,
+                v: v.at(frequency * strides[0]),
+                u: self.weights.as_ptr().add(weights),
+                m: m.at(frequency * strides[1]),
+            });
+        }
+    }
+
+    /// Outputs of one row of tiles, the `slot`th of its block.
+    ///
+    /// # Safety
+    /// As [`Winograd::input`]; no other item writes this row of tiles and block of channels.
+    unsafe fn output(&self, [z, y]: [usize; 2], slot: usize, block: usize, m: Place, stride: usize) {
+        let shape = self.conv.output;
+        let outputs = self.tiling.outputs();
+        let [d, h, w] = shape.dhw;
+        let c = shape.padded_c();
+        let first = [z * outputs[0], y * outputs[1], 0];
+        // SAFETY: the output's inside is written up to `valid`; sums have their places by block, row of tiles, plane.
+        unsafe {
+            (self.transforms.output_row)(&OutputRow {
+                m: m.at(slot * self.tiles[2] * c + block * LANES),
+                frequency: stride,
+                tile: c,
+                tiles: self.tiles[2],
+                y: self.output.at(shape.at(block, first)),
+                plane: shape.plane(),
+                row: shape.row(),
+                valid: [outputs[0].min(d - first[0]), outputs[1].min(h - first[1]), w],
+                bias: self.conv.bias.as_ptr().add(block * LANES),
+                relu: self.relu,
+                stream: self.stream,
+                sums: match self.sums {
+                    Some(sums) => sums.at(((block * self.tiles[1] + y) * d + first[0]) * LANES),
+                    None => std::ptr::null_mut(),
+                },
+            });
+        }
+    }
+}
+
+/// A 3x3x3 convolution by Winograd transforms; only the tiles of the depths in `depth_tiles` are computed.
+///
+/// `sums`, if any, receives for each block of channels, row of tiles and plane sixteen sums of the outputs.
+///
+/// # Errors
+/// Cancelled.
+///
+/// # Panics
+/// If a length does not fit the convolution: that is a fault of the plan.
+#[allow(clippy::too_many_arguments)]
+pub fn winograd(
+    context: &Context<'_>,
+    conv: &Conv,
+    tiling: Tiling,
+    weights: &[f32],
+    input: &Tensor,
+    output: &mut Tensor,
+    relu: bool,
+    sums: Option<Sums<'_>>,
+    scratch: &mut [f32],
+    depth_tiles: &[usize],
+) -> Result<(), EngineError> {
+    let tiles = conv.tiles();
+    let [nd, nh, nw] = tiles;
+    let (in_blocks, out_blocks) = (conv.input.blocks(), conv.output.blocks());
+    let (steps, inputs, outputs) = (tiling.steps(), tiling.inputs(), tiling.outputs());
+    for axis in 0..3 {
+        let reads = (tiles[axis] - 1) * steps[axis] + inputs[axis];
+        assert!(reads <= conv.input.bordered()[axis], "winograd: the input's border is too small");
+        assert!(tiles[axis] * outputs[axis] >= conv.output.dhw[axis], "winograd: too few tiles");
+        assert!((tiles[axis] - 1) * outputs[axis] < conv.output.dhw[axis], "winograd: too many tiles");
+    }
+    assert!(depth_tiles.iter().all(|z| *z < nd), "winograd: no such tiles");
+    assert_eq!(weights.len(), tiling.weights() * conv.input.padded_c() * conv.output.padded_c());
+    assert_eq!(conv.weight_map.len(), tiling.frequencies());
+    assert!(conv.weight_map.iter().all(|w| (*w as usize) < tiling.weights()));
+    assert_eq!(conv.bias.len(), conv.output.padded_c());
+    let sums = sums.map(|sums| {
+        assert!(sums.0.len() >= Sums::len(conv.output, nh), "winograd: sums are too short");
+        Place(sums.0.as_mut_ptr())
+    });
+    let work = Winograd {
+        conv,
+        tiling,
+        kernels: context.kernels,
+        transforms: context.kernels.transforms(tiling),
+        weights,
+        input: input.data(conv.input),
+        output: Place(output.data_mut(conv.output).as_mut_ptr()),
+        sums,
+        relu,
+        stream: conv.output.len() * 4 > STREAM_FROM_BYTES,
+        tiles,
+    };
+    let rows = conv.block_rows();
+    let [v_len, m_len] = conv.scratch(rows);
+    let frequencies = tiling.frequencies();
+    let strides = [conv.input.padded_c(), conv.output.padded_c()].map(|c| Conv::frequency_stride(rows * nw, c));
+    let threads = if conv.is_private() { context.pool.threads() } else { 1 };
+    assert!(scratch.len() >= threads * (v_len + m_len), "winograd: scratch is too short");
+    let scratch = Place(scratch.as_mut_ptr());
+    if conv.is_private() {
+        let groups = nh.div_ceil(rows);
+        return context.run(groups * depth_tiles.len(), &|item, thread| {
+            let z = depth_tiles[item % depth_tiles.len()];
+            let first = item / depth_tiles.len() * rows;
+            let count = rows.min(nh - first);
+            // SAFETY: each thread has its own V and M; rows and blocks are in range; an item has rows of tiles of its own.
+            unsafe {
+                let v = Place(scratch.at(thread * (v_len + m_len)));
+                let m = Place(v.at(v_len));
+                for row in 0..count {
+                    for block in 0..in_blocks {
+                        work.input([z, first + row], row, block, v, strides[0]);
+                    }
+                }
+                for frequency in 0..frequencies {
+                    work.product(frequency, count * nw, v, m, strides);
+                }
+                for row in 0..count {
+                    for block in 0..out_blocks {
+                        work.output([z, first + row], row, block, m, strides[1]);
+                    }
+                }
+            }
+        });
+    }
+    let (v, m) = (scratch, Place(scratch.0.wrapping_add(v_len)));
+    let total = nh * depth_tiles.len();
+    let place = |row: usize| [depth_tiles[row / nh], row % nh];
+    for first in (0..total).step_by(rows) {
+        let count = rows.min(total - first);
+        context.run(count * in_blocks, &|item, _| {
+            let (row, block) = (item / in_blocks, item % in_blocks);
+            // SAFETY: row and block are in range, each item has its own; the steps follow each other.
+            unsafe { work.input(place(first + row), row, block, v, strides[0]) };
+        })?;
+        context.run(frequencies, &|frequency, _| {
+            // SAFETY: as above, for frequencies.
+            unsafe { work.product(frequency, count * nw, v, m, strides) };
+        })?;
+        context.run(count * out_blocks, &|item, _| {
+            let (row, block) = (item / out_blocks, item % out_blocks);
+            // SAFETY: as above.
+            unsafe { work.output(place(first + row), row, block, m, strides[1]) };
+        })?;
+    }
+    Ok(())
+}
+
+/// Where a direct convolution reads.
+#[derive(Clone, Copy)]
+pub struct DirectInput<'a> {
+    /// The values.
+    pub data: &'a [f32],
+    /// Floats from one output's inputs to the next's, along depth, rows and columns.
+    pub step: [usize; 3],
+    /// Inputs of a segment.
+    pub length: usize,
+}
+
+/// What a direct convolution does with its sums.
+#[derive(Clone, Copy)]
+pub enum Ending<'a> {
+    /// Bias and ReLU.
+    Relu,
+    /// `relu(sum + bias + scale * output)`; the scale is `[plane][padded channel]`.
+    Merge(&'a [f32]),
+}
+
+/// A convolution done directly; only the `planes` of the output are computed.
+///
+/// # Errors
+/// Cancelled.
+///
+/// # Panics
+/// If a length does not fit the convolution: that is a fault of the plan.
+pub fn direct(
+    context: &Context<'_>,
+    conv: &Conv,
+    weights: &[f32],
+    input: DirectInput<'_>,
+    output: &mut Tensor,
+    ending: Ending<'_>,
+    planes: &[usize],
+) -> Result<(), EngineError> {
+    let shape = conv.output;
+    let [d, h, w] = shape.dhw;
+    let (blocks, vectors) = (shape.blocks(), context.kernels.vectors);
+    let panels = blocks.div_ceil(vectors);
+    let depth = conv.offsets.len() * input.length;
+    let last: usize = (0..3).map(|axis| (shape.dhw[axis] - 1) * input.step[axis]).sum();
+    let reach = conv.offsets.iter().max().map_or(0, |offset| offset + input.length);
+    assert!(last + reach <= input.data.len(), "direct convolution: the input is too short");
+    assert_eq!(weights.len(), depth * shape.padded_c());
+    assert_eq!(conv.bias.len(), shape.padded_c());
+    assert!(planes.iter().all(|z| *z < d), "direct convolution: no such plane");
+    let (kernel, scale): (unsafe fn(&DirectRow), &[f32]) = match ending {
+        Ending::Relu => (context.kernels.direct_relu, &[]),
+        Ending::Merge(scale) => {
+            assert!(scale.len() >= d * shape.padded_c(), "direct convolution: too few factors");
+            (context.kernels.direct_merge, scale)
+        }
+    };
+    let stream = shape.len() * 4 > STREAM_FROM_BYTES;
+    let output = Place(output.data_mut(shape).as_mut_ptr());
+    let groups = h.div_ceil(DIRECT_ROWS);
+    context.run(planes.len() * groups * panels, &|item, _| {
+        let (panel, group) = (item % panels, item / panels % groups);
+        let z = planes[item / panels / groups];
+        let first = panel * vectors;
+        for y in group * DIRECT_ROWS..h.min((group + 1) * DIRECT_ROWS) {
+            // SAFETY: what is read was checked above; each item has output rows and blocks of its own; a panel's
+            // weights, biases and factors begin at its first block.
+            unsafe {
+                kernel(&DirectRow {
+                    a: input.data.as_ptr().add(z * input.step[0] + y * input.step[1]),
+                    lda: input.step[2],
+                    voxels: w,
+                    offsets: conv.offsets.as_ptr(),
+                    segments: conv.offsets.len(),
+                    length: input.length,
+                    next: input.step[1],
+                    b: weights.as_ptr().add(first * depth * LANES),
+                    c: output.at(shape.at(first, [z, y, 0])),
+                    block: shape.block(),
+                    vectors: vectors.min(blocks - first),
+                    bias: conv.bias.as_ptr().add(first * LANES),
+                    scale: scale.as_ptr().wrapping_add(z * shape.padded_c() + first * LANES),
+                    stream,
+                });
+            }
+        }
+    })
+}
+
+/// `x = relu(x + scale * y)`, the scale `[plane][padded channel]`. `sums`, if any, receives for each block of channels,
+/// row of voxels and plane sixteen sums of the outputs.
+///
+/// # Errors
+/// Cancelled.
+///
+/// # Panics
+/// If a length does not fit the shape.
+pub fn merge(
+    context: &Context<'_>,
+    shape: Shape,
+    x: &mut Tensor,
+    y: &Tensor,
+    scale: &[f32],
+    sums: Option<Sums<'_>>,
+) -> Result<(), EngineError> {
+    let [d, h, w] = shape.dhw;
+    let blocks = shape.blocks();
+    assert!(scale.len() >= d * shape.padded_c(), "merge: too few factors");
+    let sums = sums.map(|sums| {
+        assert!(sums.0.len() >= Sums::len(shape, h), "merge: sums are too short");
+        Place(sums.0.as_mut_ptr())
+    });
+    let y = y.data(shape);
+    let x = Place(x.data_mut(shape).as_mut_ptr());
+    context.run(d * blocks, &|item, _| {
+        let (z, block) = (item / blocks, item % blocks);
+        for row in 0..h {
+            let at = shape.at(block, [z, row, 0]);
+            // SAFETY: rows inside the border, each item's its own; factors and sums have a vector for each.
+            unsafe {
+                (context.kernels.merge_row)(&MergeRow {
+                    x: x.at(at),
+                    y: y.as_ptr().add(at),
+                    voxels: w,
+                    scale: scale.as_ptr().add((z * blocks + block) * LANES),
+                    sums: match sums {
+                        Some(sums) => sums.at(((block * h + row) * d + z) * LANES),
+                        None => std::ptr::null_mut(),
+                    },
+                });
+            }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::cpu::dispatch::Isa;
+    use crate::engine::cpu::plan::{Method, Plan};
+    use crate::engine::cpu::simd::Scalar;
+    use crate::engine::cpu::winograd::{Axis, Four, MAX_T, Poly2, Poly4, Two};
+    use crate::model::synthetic::Stream;
+    use crate::model::{Architecture, Model};
+    use proptest::prelude::*;
+
+    /// Unit roundoff of f32.
+    const U: f64 = 1.0 / (1_u64 << 24) as f64;
+
+    type Matrix = Vec<Vec<f64>>;
+    type Axial = [[f32; LANES]; MAX_T];
+
+    /// |B^T|, |G| and |A^T| of an axis, from its functions applied to unit vectors.
+    fn magnitudes<A: Axis>() -> [Matrix; 3] {
+        let column = |i: usize, f: &dyn Fn(&Axial) -> Axial| -> Vec<f64> {
+            let mut unit = [[0.0; LANES]; MAX_T];
+            unit[i] = [1.0; LANES];
+            f(&unit).iter().map(|v| f64::from(v[0].abs())).collect()
+        };
+        let transposed = |columns: Vec<Vec<f64>>, rows: usize| -> Matrix {
+            (0..rows).map(|r| columns.iter().map(|c| c[r]).collect()).collect()
+        };
+        // SAFETY: portable code.
+        let bt = (0..A::T).map(|i| column(i, &|x| unsafe { A::bt::<Scalar>(x) })).collect();
+        // SAFETY: portable code.
+        let at = (0..A::T).map(|i| column(i, &|x| unsafe { A::at::<Scalar>(x) })).collect();
+        let unit = |k: usize| A::g(std::array::from_fn(|i| f64::from(u8::from(i == k)))).map(f64::abs).to_vec();
+        let g = transposed((0..3).map(unit).collect(), A::U);
+        let g = (0..A::T).map(|t| g[A::weight_of(t)].clone()).collect();
+        [transposed(bt, A::T), g, transposed(at, A::M)]
+    }
+
+    fn axes(tiling: Tiling) -> [[Matrix; 3]; 3] {
+        match tiling {
+            Tiling::F444 => [magnitudes::<Four>(), magnitudes::<Four>(), magnitudes::<Four>()],
+            Tiling::F244 => [magnitudes::<Two>(), magnitudes::<Four>(), magnitudes::<Four>()],
+            Tiling::F222 => [magnitudes::<Two>(), magnitudes::<Two>(), magnitudes::<Two>()],
+            Tiling::P444 => [magnitudes::<Poly4>(), magnitudes::<Poly4>(), magnitudes::<Poly4>()],
+            Tiling::P222 => [magnitudes::<Poly2>(), magnitudes::<Poly2>(), magnitudes::<Poly2>()],
+        }
+    }
+
+    /// `out[i][j][k] = sum d[i][a] h[j][b] w[k][c] x[a][b][c]`, along one axis after the other.
+    fn nested([d, h, w]: [&Matrix; 3], x: &[f64]) -> Vec<f64> {
+        let (b, c) = (h[0].len(), w[0].len());
+        let mut along_d = vec![0.0; d.len() * b * c];
+        for (i, row) in d.iter().enumerate() {
+            for (a, m) in row.iter().enumerate().filter(|(_, m)| **m != 0.0) {
+                for at in 0..b * c {
+                    along_d[i * b * c + at] += m * x[a * b * c + at];
+                }
+            }
+        }
+        let mut along_h = vec![0.0; d.len() * h.len() * c];
+        for i in 0..d.len() {
+            for (j, row) in h.iter().enumerate() {
+                for (a, m) in row.iter().enumerate() {
+                    for at in 0..c {
+                        along_h[(i * h.len() + j) * c + at] += m * along_d[(i * b + a) * c + at];
+                    }
+                }
+            }
+        }
+        let rows = along_h.chunks_exact(c);
+        rows.flat_map(|x| w.iter().map(move |m| m.iter().zip(x).map(|(m, x)| m * x).sum::<f64>())).collect()
+    }
+
+    struct Case {
+        conv: Conv,
+        weights: Vec<f32>,
+        input: Tensor,
+    }
+
+    impl Case {
+        fn new(channels: [usize; 2], dhw: [usize; 3], stride: usize, method: Method, seed: u64) -> Self {
+            let mut conv = Conv::alone(channels, dhw, stride, method);
+            let bias = Stream::new(seed, "bias").fill(channels[1], 0.0, 1.0);
+            conv.bias[..channels[1]].copy_from_slice(&bias);
+            let weights = Stream::new(seed, "w").fill(27 * channels[0] * channels[1], 0.0, 1.0);
+            let mut input = Tensor::new(conv.input.len()).unwrap();
+            input.reshape(conv.input);
+            let values = Stream::new(seed, "x").fill(dhw.iter().product::<usize>() * channels[0], 0.3, 1.0);
+            let mut values = values.into_iter();
+            for ch in 0..channels[0] {
+                for z in 0..dhw[0] {
+                    for y in 0..dhw[1] {
+                        for x in 0..dhw[2] {
+                            let at = conv.input.at(ch / LANES, [z, y, x]) + ch % LANES;
+                            input.data_mut(conv.input)[at] = values.next().unwrap();
+                        }
+                    }
+                }
+            }
+            Self { conv, weights, input }
+        }
+
+        /// Input of a channel; the border is zero.
+        fn x(&self, ch: usize, zyx: [usize; 3]) -> f64 {
+            let shape = self.conv.input;
+            let at = ch / LANES * shape.block() + zyx[0] * shape.plane() + zyx[1] * shape.row() + zyx[2] * LANES;
+            f64::from(self.input.data(shape)[at + ch % LANES])
+        }
+
+        /// Output before ReLU and the sum of the absolute products, in f64.
+        fn expected(&self, co: usize, zyx: [usize; 3]) -> (f64, f64) {
+            let (mut sum, mut size) = (f64::from(self.conv.bias[co]), f64::from(self.conv.bias[co].abs()));
+            for ci in 0..self.conv.input.c {
+                for k in 0..27 {
+                    let offset = [k / 9, k / 3 % 3, k % 3];
+                    let x = self.x(ci, std::array::from_fn(|a| self.conv.stride * zyx[a] + offset[a]));
+                    let w = f64::from(self.weights[(co * self.conv.input.c + ci) * 27 + k]);
+                    sum += w * x;
+                    size += (w * x).abs();
+                }
+            }
+            (sum, size)
+        }
+
+        fn run(&self, isa: Isa, threads: usize, relu: bool, parts: &[Vec<usize>]) -> (Vec<f32>, Vec<f32>) {
+            let kernels = Kernels::of(isa).unwrap();
+            let pool = Pool::new(threads, || {}).unwrap();
+            let cancel = CancelToken::new();
+            let context = Context { pool: &pool, kernels: &kernels, cancel: &cancel };
+            let conv = &self.conv;
+            let packed = conv.packed(kernels.vectors, &self.weights);
+            let mut output = Tensor::new(conv.output.len()).unwrap();
+            output.reshape(conv.output);
+            let mut sums = vec![f32::NAN; Sums::len(conv.output, conv.tiles()[1])];
+            for part in parts {
+                match conv.method {
+                    Method::Winograd(tiling) => {
+                        let one: usize = conv.scratch(conv.block_rows()).iter().sum();
+                        let mut scratch = vec![f32::NAN; threads * one];
+                        let sums = Some(Sums(&mut sums));
+                        winograd(
+                            &context,
+                            conv,
+                            tiling,
+                            &packed,
+                            &self.input,
+                            &mut output,
+                            relu,
+                            sums,
+                            &mut scratch,
+                            part,
+                        )
+                        .unwrap();
+                    }
+                    Method::Direct => {
+                        let (from, stride) = (conv.input, conv.stride);
+                        let input = DirectInput {
+                            data: self.input.data(from),
+                            step: [stride * from.plane(), stride * from.row(), stride * LANES],
+                            length: LANES,
+                        };
+                        direct(&context, conv, &packed, input, &mut output, Ending::Relu, part).unwrap();
+                    }
+                }
+            }
+            (output.data(conv.output).to_vec(), sums)
+        }
+
+        fn whole(&self) -> Vec<Vec<usize>> {
+            vec![(0..self.conv.tiles()[0]).collect()]
+        }
+    }
+
+    /// Compares a Winograd convolution with its definition, within the bound of the module's page, and its sums.
+    fn check_winograd(isa: Isa, tiling: Tiling, channels: [usize; 2], dhw: [usize; 3], relu: bool, seed: u64) -> f64 {
+        let case = Case::new(channels, dhw, tiling.stride(), Method::Winograd(tiling), seed);
+        let conv = &case.conv;
+        let (out, sums) = case.run(isa, 1, relu, &case.whole());
+        let axes = axes(tiling);
+        let part = |i: usize| std::array::from_fn::<&Matrix, 3, _>(|axis| &axes[axis][i]);
+        let (outputs, steps, inputs) = (tiling.outputs(), tiling.steps(), tiling.inputs());
+        let terms = (channels[0] + 3 * (4 + 6) + 3) as f64 * if isa == Isa::Scalar { 2.0 } else { 1.0 };
+        let tiles = conv.tiles();
+        let shape = conv.output;
+        let mut worst: f64 = 0.0;
+        for co in 0..channels[1] {
+            for tile in 0..tiles.iter().product() {
+                let tile = [tile / (tiles[1] * tiles[2]), tile / tiles[2] % tiles[1], tile % tiles[2]];
+                let mut products = vec![0.0; tiling.frequencies()];
+                for ci in 0..channels[0] {
+                    let x: Vec<f64> = (0..inputs.iter().product())
+                        .map(|i| [i / (inputs[1] * inputs[2]), i / inputs[2] % inputs[1], i % inputs[2]])
+                        .map(|i| case.x(ci, std::array::from_fn(|a| tile[a] * steps[a] + i[a])).abs())
+                        .collect();
+                    let w = &case.weights[(co * channels[0] + ci) * 27..][..27];
+                    let w: Vec<f64> = w.iter().map(|w| f64::from(w.abs())).collect();
+                    let (v, u) = (nested(part(0), &x), nested(part(1), &w));
+                    products.iter_mut().zip(v.iter().zip(u)).for_each(|(p, (v, u))| *p += v * u);
+                }
+                let size = nested(part(2), &products);
+                for (i, size) in size.iter().enumerate() {
+                    let i = [i / (outputs[1] * outputs[2]), i / outputs[2] % outputs[1], i % outputs[2]];
+                    let zyx: [usize; 3] = std::array::from_fn(|a| tile[a] * outputs[a] + i[a]);
+                    if (0..3).any(|a| zyx[a] >= shape.dhw[a]) {
+                        continue;
+                    }
+                    let (expected, _) = case.expected(co, zyx);
+                    let expected = if relu { expected.max(0.0) } else { expected };
+                    let got = f64::from(out[shape.at(co / LANES, zyx) + co % LANES]);
+                    let bound = terms * U * (size + f64::from(conv.bias[co].abs()));
+                    assert!((got - expected).abs() <= bound, "{isa} {tiling:?}: {got} {expected} {bound}");
+                    worst = worst.max((got - expected).abs() / bound);
+                }
+            }
+            for y in 0..tiles[1] {
+                for z in 0..shape.dhw[0] {
+                    let rows = y * outputs[1]..((y + 1) * outputs[1]).min(shape.dhw[1]);
+                    let sum: f64 = rows
+                        .flat_map(|y| (0..shape.dhw[2]).map(move |x| [z, y, x]))
+                        .map(|zyx| f64::from(out[shape.at(co / LANES, zyx) + co % LANES]))
+                        .sum();
+                    let got = sums[((co / LANES * tiles[1] + y) * shape.dhw[0] + z) * LANES + co % LANES];
+                    assert!((f64::from(got) - sum).abs() <= 1e-4 * (1.0 + sum.abs()), "sums {got} {sum}");
+                }
+            }
+        }
+        // the border and the padding of the channels stay zero
+        let inside = |i: usize| {
+            let (block, at) = (i / shape.block(), i % shape.block());
+            let zyx = [at / shape.plane(), at % shape.plane() / shape.row(), at % shape.row() / LANES];
+            let channel = block * LANES + i % LANES;
+            channel < shape.c && (0..3).all(|a| (1..=shape.dhw[a]).contains(&zyx[a]))
+        };
+        for (i, v) in out.iter().enumerate().filter(|(i, _)| !inside(*i)) {
+            let channel = i / shape.block() * LANES + i % LANES;
+            assert!(*v == 0.0 && (channel < shape.padded_c()), "{i}: {v}");
+        }
+        worst
+    }
+
+    fn available() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(6))]
+
+        #[test]
+        fn winograd_keeps_its_error_bound(
+            c_in in 1_usize..20, c_out in 1_usize..20, d in 1_usize..10, h in 1_usize..10, w in 1_usize..12,
+            relu: bool, seed: u64,
+        ) {
+            for isa in available() {
+                for tiling in Tiling::ALL {
+                    check_winograd(isa, tiling, [c_in, c_out], [d, h, w], relu, seed);
+                }
+            }
+        }
+
+        #[test]
+        fn neither_threads_nor_grouping_change_a_bit(
+            c_in in 1_usize..40, c_out in 1_usize..140, d in 1_usize..14, h in 1_usize..14, w in 1_usize..14, seed: u64,
+        ) {
+            let isa = Isa::best();
+            for tiling in Tiling::ALL {
+                let case = Case::new([c_in, c_out], [d, h, w], tiling.stride(), Method::Winograd(tiling), seed);
+                let once = case.run(isa, 1, true, &case.whole());
+                let tiles = case.conv.tiles()[0];
+                let parts = vec![(0..tiles).rev().step_by(2).collect(), (0..tiles.saturating_sub(1)).rev().step_by(2).collect()];
+                prop_assert!(once == case.run(isa, 3, true, &parts));
+            }
+        }
+
+        #[test]
+        fn direct_convolutions_match_their_definition(
+            c_in in 1_usize..20, c_out in 1_usize..100, d in 1_usize..5, h in 1_usize..12, w in 1_usize..16, seed: u64,
+        ) {
+            for isa in available() {
+                let case = Case::new([c_in, c_out], [d, h, w], 2, Method::Direct, seed);
+                let conv = &case.conv;
+                let (out, _) = case.run(isa, 2, true, &case.whole());
+                let terms = (27 * conv.input.padded_c() + 3) as f64 * if isa == Isa::Scalar { 2.0 } else { 1.0 };
+                for co in 0..c_out {
+                    for voxel in 0..conv.output.dhw.iter().product() {
+                        let [_, oh, ow] = conv.output.dhw;
+                        let zyx = [voxel / (oh * ow), voxel / ow % oh, voxel % ow];
+                        let (expected, size) = case.expected(co, zyx);
+                        let got = f64::from(out[conv.output.at(co / LANES, zyx) + co % LANES]);
+                        prop_assert!((got - expected.max(0.0)).abs() <= terms * U * size, "{isa} {got} {expected}");
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn merging_matches_its_definition(c in 1_usize..40, d in 1_usize..4, h in 1_usize..6, w in 1_usize..9, seed: u64) {
+            let shape = Shape::new(c, [d, h, w]);
+            let random = |name: &str| {
+                let mut tensor = Tensor::new(shape.len()).unwrap();
+                tensor.reshape(shape);
+                let values = Stream::new(seed, name).fill(shape.len(), 0.0, 1.0);
+                tensor.data_mut(shape).copy_from_slice(&values);
+                tensor
+            };
+            let scale = Stream::new(seed, "scale").fill(d * shape.padded_c(), 0.5, 0.5);
+            for isa in available() {
+                let (mut x, y) = (random("x"), random("y"));
+                let before = x.data(shape).to_vec();
+                let kernels = Kernels::of(isa).unwrap();
+                let pool = Pool::new(2, || {}).unwrap();
+                let context = Context { pool: &pool, kernels: &kernels, cancel: &CancelToken::new() };
+                let mut sums = vec![f32::NAN; Sums::len(shape, h)];
+                merge(&context, shape, &mut x, &y, &scale, Some(Sums(&mut sums))).unwrap();
+                for ch in 0..c {
+                    for z in 0..d {
+                        let mut sum = 0.0;
+                        for row in 0..h {
+                            let mut line = 0.0;
+                            for column in 0..w {
+                                let at = shape.at(ch / LANES, [z, row, column]) + ch % LANES;
+                                let factor = f64::from(scale[z * shape.padded_c() + ch]);
+                                let expected = f64::from(before[at]) + factor * f64::from(y.data(shape)[at]);
+                                let got = f64::from(x.data(shape)[at]);
+                                prop_assert!((got - expected.max(0.0)).abs() <= 3.0 * U * (expected.abs() + 2.0));
+                                line += got;
+                            }
+                            let got = sums[((ch / LANES * h + row) * d + z) * LANES + ch % LANES];
+                            prop_assert!((f64::from(got) - line).abs() <= 1e-5 * (1.0 + line));
+                            sum += line;
+                        }
+                        prop_assert!(sum >= 0.0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The stem and a shortcut of a whole model's plan: segments and strides of their own, the shortcut merging.
+    #[test]
+    fn the_stem_and_shortcuts_match_their_definition() {
+        for (width, dhw, seed) in [(3, [4, 15, 22], 1), (17, [3, 30, 17], 2), (70, [2, 16, 16], 3)] {
+            let architecture = Architecture { base_width: width, input_dhw: dhw, ..Architecture::full() };
+            let model = Model::synthetic("t", &architecture, seed).unwrap();
+            let plan = Plan::new(&model);
+            let folded = |bn: &str| -> Vec<(f64, f64)> {
+                let get = |part: &str| model.weights.get(&format!("{bn}.{part}"));
+                let values =
+                    get("weight").iter().zip(get("bias")).zip(get("running_mean").iter().zip(get("running_var")));
+                values
+                    .map(|((w, b), (mean, var))| {
+                        let scale = f64::from(*w) / (f64::from(*var) + 1e-5).sqrt();
+                        (scale, f64::from(*b) - f64::from(*mean) * scale)
+                    })
+                    .collect()
+            };
+            for isa in available() {
+                let kernels = Kernels::of(isa).unwrap();
+                let pool = Pool::new(2, || {}).unwrap();
+                let context = Context { pool: &pool, kernels: &kernels, cancel: &CancelToken::new() };
+                let doubled = if isa == Isa::Scalar { 2.0 } else { 1.0 };
+
+                let volume = crate::model::synthetic::volume(dhw, seed);
+                let [d, h, w] = dhw;
+                let at = plan.stem_input();
+                let mut bordered = vec![0.0; at.total()];
+                for (i, v) in volume.iter().enumerate() {
+                    let (z, y, x) = (i / (h * w), i / w % h, i % w);
+                    bordered[(z + 1) * at.plane() + (y + 3) * at.row() + x + 3] = *v;
+                }
+                let stem = &plan.stem;
+                let mut output = Tensor::new(stem.output.len()).unwrap();
+                output.reshape(stem.output);
+                let weights = model.weights.get("stem.0.weight");
+                let packed = stem.packed(kernels.vectors, weights);
+                let input = DirectInput { data: &bordered, step: [at.plane(), 2 * at.row(), 2], length: 7 };
+                let planes: Vec<usize> = (0..d).collect();
+                direct(&context, stem, &packed, input, &mut output, Ending::Relu, &planes).unwrap();
+                let out = output.data(stem.output);
+                for (co, (scale, shift)) in folded("stem.1").into_iter().enumerate() {
+                    for voxel in 0..stem.output.dhw.iter().product() {
+                        let [_, oh, ow] = stem.output.dhw;
+                        let (z, y, x) = (voxel / (oh * ow), voxel / ow % oh, voxel % ow);
+                        let (mut sum, mut size) = (shift, shift.abs());
+                        for k in 0..147 {
+                            let from = (z + k / 49) * at.plane() + (2 * y + k / 7 % 7) * at.row() + 2 * x + k % 7;
+                            let product = f64::from(weights[co * 147 + k]) * scale * f64::from(bordered[from]);
+                            sum += product;
+                            size += product.abs();
+                        }
+                        let got = f64::from(out[stem.output.at(co / LANES, [z, y, x]) + co % LANES]);
+                        // a sum of 147, the rounding of the folded weight, bias
+                        assert!((got - sum.max(0.0)).abs() <= doubled * 150.0 * U * size, "{isa} stem {got} {sum}");
+                    }
+                }
+
+                let block = &plan.blocks[2];
+                let shortcut = block.shortcut.as_ref().unwrap();
+                let (from, to) = (shortcut.input, shortcut.output);
+                let mut x = Tensor::new(from.len()).unwrap();
+                x.reshape(from);
+                let mut y = Tensor::new(to.len()).unwrap();
+                y.reshape(to);
+                for (tensor, shape, name) in [(&mut x, from, "x"), (&mut y, to, "y")] {
+                    let values = Stream::new(seed, name).fill(shape.c * shape.dhw.iter().product::<usize>(), 0.2, 1.0);
+                    for (i, v) in values.into_iter().enumerate() {
+                        let [_, h, w] = shape.dhw;
+                        let (voxel, ch) = (i / shape.c, i % shape.c);
+                        let zyx = [voxel / (h * w), voxel / w % h, voxel % w];
+                        tensor.data_mut(shape)[shape.at(ch / LANES, zyx) + ch % LANES] = v;
+                    }
+                }
+                let before = y.data(to).to_vec();
+                let scale = Stream::new(seed, "scale").fill(to.dhw[0] * to.padded_c(), 0.5, 0.5);
+                let weights = model.weights.get("layer2.0.downsample.0.weight");
+                let packed = shortcut.packed(kernels.vectors, weights);
+                let step = [2 * from.plane(), 2 * from.row(), 2 * LANES];
+                let input = DirectInput { data: x.data(from), step, length: LANES };
+                let planes: Vec<usize> = (0..to.dhw[0]).collect();
+                direct(&context, shortcut, &packed, input, &mut y, Ending::Merge(&scale), &planes).unwrap();
+                for (co, (factor, shift)) in folded("layer2.0.downsample.1").into_iter().enumerate() {
+                    for voxel in 0..to.dhw.iter().product() {
+                        let [_, oh, ow] = to.dhw;
+                        let zyx = [voxel / (oh * ow), voxel / ow % oh, voxel % ow];
+                        let at = to.at(co / LANES, zyx) + co % LANES;
+                        let scaled = f64::from(scale[zyx[0] * to.padded_c() + co]) * f64::from(before[at]);
+                        let (mut sum, mut size) = (shift + scaled, shift.abs() + scaled.abs());
+                        for ci in 0..from.c {
+                            let value = x.data(from)[from.at(ci / LANES, zyx.map(|v| 2 * v)) + ci % LANES];
+                            let product = f64::from(weights[co * from.c + ci]) * factor * f64::from(value);
+                            sum += product;
+                            size += product.abs();
+                        }
+                        let got = f64::from(y.data(to)[at]);
+                        let bound = doubled * (from.padded_c() + 4) as f64 * U * size;
+                        assert!((got - sum.max(0.0)).abs() <= bound, "{isa} shortcut {got} {sum}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Random data stay far below the bound, but not absurdly: a bound that no error could ever reach shows nothing.
+    #[test]
+    fn the_error_bound_is_not_empty() {
+        for tiling in Tiling::ALL {
+            let worst = check_winograd(Isa::best(), tiling, [16, 4], [8, 8, 8], false, 3);
+            println!("{tiling:?}: largest error {worst:.4} of its bound");
+            assert!(worst > 1e-5 && worst < 1.0, "{tiling:?}: {worst}");
+        }
+    }
+
+    #[test]
+    fn a_set_token_stops_before_the_next_item() {
+        let case = Case::new([16, 16], [8, 16, 16], 1, Method::Winograd(Tiling::F444), 1);
+        let kernels = Kernels::of(Isa::best()).unwrap();
+        let pool = Pool::new(1, || {}).unwrap();
+        let cancel = CancelToken::new();
+        cancel.cancel();
+        let context = Context { pool: &pool, kernels: &kernels, cancel: &cancel };
+        let packed = case.conv.packed(kernels.vectors, &case.weights);
+        let mut output = Tensor::new(case.conv.output.len()).unwrap();
+        output.reshape(case.conv.output);
+        let mut scratch = vec![0.0; case.conv.scratch(case.conv.block_rows()).iter().sum()];
+        let result = winograd(
+            &context,
+            &case.conv,
+            Tiling::F444,
+            &packed,
+            &case.input,
+            &mut output,
+            true,
+            None,
+            &mut scratch,
+            &[0, 1],
+        );
+        assert_eq!(result, Err(EngineError::Cancelled));
+        assert!(output.data(case.conv.output).iter().all(|v| *v == 0.0));
+    }
+}
