@@ -248,6 +248,7 @@ pub fn load(path: &Path, layout: &Layout) -> Result<Option<Loaded>, TrainError> 
 mod tests {
     use super::*;
     use crate::model::{Architecture, synthetic};
+    use crate::train::net::{Gradient, Piece};
     use tch::Device;
 
     #[test]
@@ -260,9 +261,8 @@ mod tests {
         assert!(load(&path, &layout).unwrap().is_none());
         let replica = Replica::of_weights(&layout, Device::Cpu, &weights).unwrap();
         let mut adam = Adam::new(layout.len(), Device::Cpu).unwrap();
-        let gradient = &replica.flat * 0.5;
-        let mut moved = replica.flat.copy();
-        adam.step(&mut moved, &gradient, 0.1).unwrap();
+        let gradient = Gradient(vec![Piece { offset: 0, values: &replica.flat * 0.5 }]);
+        assert!(adam.step(&replica.flat.copy(), &gradient, 0.1).unwrap());
         let mut state = State::new(serde_json::json!({"a": 0.1}));
         state.loss_sum = 0.1 + 0.2;
         state.best = Some(Best { epoch: 3, accuracy: 1.0 / 3.0, loss: 0.7 });

@@ -23,7 +23,7 @@ use super::augment::{self, AugmentOptions, Pose, Recipe};
 use super::checkpoint::{self, Best, CHECKPOINT_FILE, EpochRow, State};
 use super::loader::{self, Batch};
 use super::metrics::{self, COVID_KEY, Evaluation, Prediction};
-use super::net::{Layout, Precision, Replica, initial_weights};
+use super::net::{Gradient, Layout, Precision, Replica, initial_weights};
 use super::optimiser::{Adam, step_lr};
 use super::tensorboard::EventFile;
 use super::{Dataset, TrainError, plot, report, write_atomic};
@@ -271,7 +271,7 @@ impl Engine {
         let (layout, precision, devices) = (&self.layout, self.precision, self.replicas.len());
         // Chunk i goes to device i mod the number of devices; sums are in this order whatever finishes first.
         let work = |replica: &Replica, number: usize, volumes: &Tensor| {
-            let mut found: Option<(Tensor, Tensor)> = None;
+            let mut found: Option<(Gradient, Tensor)> = None;
             for &(at, len) in chunks.iter().skip(number).step_by(devices) {
                 let part = volumes.f_narrow(0, at as i64, len as i64)?;
                 let x = augment::apply(&augment::upload(&part, replica.device)?, &poses[at..at + len])?;
@@ -286,14 +286,14 @@ impl Engine {
                 found = Some(match found {
                     None => (gradient, numbers),
                     Some((mut sum, all)) => {
-                        let _ = no_grad(|| sum.f_add_(&gradient))?;
+                        sum.add(&gradient)?;
                         (sum, all.f_add(&numbers)?)
                     }
                 });
             }
             Ok::<_, TrainError>(found)
         };
-        let results: Vec<Result<Option<(Tensor, Tensor)>, TrainError>> = if devices == 1 {
+        let results: Vec<Result<Option<(Gradient, Tensor)>, TrainError>> = if devices == 1 {
             vec![work(&self.replicas[0], 0, volumes)]
         } else {
             std::thread::scope(|scope| {
@@ -312,14 +312,14 @@ impl Engine {
             })
         };
         let first = self.device();
-        let mut total: Option<(Tensor, Tensor)> = None;
+        let mut total: Option<(Gradient, Tensor)> = None;
         for result in results {
             let Some((gradient, numbers)) = result? else { continue };
-            let (gradient, numbers) = (gradient.f_to_device(first)?, numbers.f_to_device(first)?);
+            let (gradient, numbers) = (gradient.to_device(first)?, numbers.f_to_device(first)?);
             total = Some(match total {
                 None => (gradient, numbers),
                 Some((mut sum, all)) => {
-                    let _ = no_grad(|| sum.f_add_(&gradient))?;
+                    sum.add(&gradient)?;
                     (sum, all.f_add(&numbers)?)
                 }
             });
@@ -327,10 +327,13 @@ impl Engine {
         let Some((mut gradient, numbers)) = total else {
             return Err(TrainError::Data("a batch without scans".to_owned()).into());
         };
-        // One wait for the device a step.
-        let norm = no_grad(|| gradient.f_norm())?;
+        // One wait for the device a step. On the processor the optimiser looks at the gradient itself.
+        let norm = match (first, gradient.0.as_slice()) {
+            (Device::Cpu, _) | (_, []) => Tensor::f_zeros([1], (Kind::Float, first))?,
+            (_, [flat, ..]) => no_grad(|| flat.values.f_norm()?.f_view([1]))?,
+        };
         let seen = Vec::<f64>::try_from(
-            &Tensor::f_cat(&[numbers, norm.f_view([1])?], 0)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?,
+            &Tensor::f_cat(&[numbers, norm], 0)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?,
         )?;
         let (loss, right, norm) = (seen[0], seen[1], seen[2]);
         if !loss.is_finite() {
@@ -341,13 +344,15 @@ impl Engine {
             if !scaler.update(finite) {
                 return Err(Fault::Gradient);
             }
-            let _ = no_grad(|| gradient.f_mul_scalar_(1.0 / scale))?;
+            gradient.scale(1.0 / scale)?;
         } else if !finite {
             return Err(Fault::Gradient);
         }
         if finite {
             let (head, others) = self.replicas.split_at_mut(1);
-            self.adam.step(&mut head[0].flat, &gradient, learning_rate)?;
+            if !self.adam.step(&head[0].flat, &gradient, learning_rate)? {
+                return Err(Fault::Gradient);
+            }
             for other in others {
                 no_grad(|| other.flat.f_copy_(&head[0].flat))?;
             }

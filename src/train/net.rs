@@ -233,6 +233,64 @@ fn normal(stream: &Stream, n: usize, deviation: f64) -> Vec<f32> {
         .collect()
 }
 
+/// A run of a flat gradient.
+pub struct Piece {
+    /// Its first element in the flat tensor of parameters.
+    pub offset: i64,
+    /// Its values, f32, one axis.
+    pub values: Tensor,
+}
+
+/// A gradient by all parameters, in pieces that cover the flat tensor: one on a GPU, where each operation has its price,
+/// one a parameter on the processor, where each copy has.
+pub struct Gradient(pub Vec<Piece>);
+
+impl Gradient {
+    /// Adds `other`, whose pieces are the same.
+    ///
+    /// # Errors
+    /// Pieces that differ.
+    pub fn add(&mut self, other: &Self) -> Result<(), TrainError> {
+        no_grad(|| {
+            for (to, from) in self.0.iter_mut().zip(&other.0) {
+                let _ = to.values.f_add_(&from.values)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Multiplies by `factor`.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn scale(&mut self, factor: f64) -> Result<(), TrainError> {
+        no_grad(|| {
+            for piece in &mut self.0 {
+                let _ = piece.values.f_mul_scalar_(factor)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// No room there.
+    pub fn to_device(self, device: Device) -> Result<Self, TrainError> {
+        let moved = self.0.into_iter().map(|p| Ok(Piece { offset: p.offset, values: p.values.f_to_device(device)? }));
+        Ok(Self(moved.collect::<Result<_, TchError>>()?))
+    }
+
+    /// In one flat tensor.
+    ///
+    /// # Errors
+    /// No room on the device.
+    pub fn flat(&self) -> Result<Tensor, TrainError> {
+        let parts: Vec<&Tensor> = self.0.iter().map(|p| &p.values).collect();
+        Ok(Tensor::f_cat(&parts, 0)?)
+    }
+}
+
 /// The network on one device.
 pub struct Replica {
     /// Where it is.
@@ -299,20 +357,28 @@ impl Replica {
         Ok(all)
     }
 
-    /// Gradients of `loss` by `leaves` in one flat f32 tensor.
+    /// Gradients of `loss` by `leaves`.
     ///
     /// # Errors
     /// No room on the device.
-    pub fn gradient(&self, layout: &Layout, loss: &Tensor, leaves: &[Tensor]) -> Result<Tensor, TrainError> {
+    pub fn gradient(&self, layout: &Layout, loss: &Tensor, leaves: &[Tensor]) -> Result<Gradient, TrainError> {
         let gradients = Tensor::f_run_backward(&[loss], leaves, false, false)?;
         no_grad(|| {
             let parts =
                 layout.slots.iter().zip(&gradients).map(|(s, g)| s.flatten(g)).collect::<Result<Vec<_>, TchError>>()?;
-            let (cast, kept) = parts.split_at(layout.cast_slots);
-            if cast.first().is_some_and(|t| t.kind() == Kind::Float) {
-                return Ok(Tensor::f_cat(&parts, 0)?);
+            if self.device == Device::Cpu {
+                let pieces = layout.slots.iter().zip(parts).map(|(slot, part)| {
+                    Ok(Piece { offset: slot.offset, values: part.f_to_kind(Kind::Float)?.f_contiguous()? })
+                });
+                return Ok(Gradient(pieces.collect::<Result<_, TchError>>()?));
             }
-            Ok(Tensor::f_cat(&[Tensor::f_cat(cast, 0)?.f_to_kind(Kind::Float)?, Tensor::f_cat(kept, 0)?], 0)?)
+            let (cast, kept) = parts.split_at(layout.cast_slots);
+            let flat = if cast.first().is_some_and(|t| t.kind() == Kind::Float) {
+                Tensor::f_cat(&parts, 0)?
+            } else {
+                Tensor::f_cat(&[Tensor::f_cat(cast, 0)?.f_to_kind(Kind::Float)?, Tensor::f_cat(kept, 0)?], 0)?
+            };
+            Ok(Gradient(vec![Piece { offset: 0, values: flat }]))
         })
     }
 
@@ -492,7 +558,7 @@ mod tests {
             let leaves = net.leaves(&layout, Precision::Fp32).unwrap();
             let logits = net.forward(&layout, &leaves, &input(small().input_dhw), true).unwrap();
             let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
-            let flat = net.gradient(&layout, &loss, &leaves).unwrap();
+            let flat = net.gradient(&layout, &loss, &leaves).unwrap().flat().unwrap();
             layout.unpack_parameters(&flat).unwrap().concat()
         };
         let (a, b) = (gradient(false), gradient(true));
@@ -512,7 +578,7 @@ mod tests {
             let leaves = net.leaves(&layout, precision).unwrap();
             let logits = net.forward(&layout, &leaves, &input(even.input_dhw), true).unwrap();
             let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
-            net.gradient(&layout, &loss, &leaves).unwrap()
+            net.gradient(&layout, &loss, &leaves).unwrap().flat().unwrap()
         };
         let (a, b) = (gradient(Precision::Fp32), gradient(Precision::Bf16));
         let cosine = (a.dot(&b) / (a.norm() * b.norm())).double_value(&[]);

@@ -6,6 +6,11 @@
 use tch::{Device, Kind, TchError, Tensor, no_grad};
 
 use super::TrainError;
+use super::net::Gradient;
+
+/// Elements of a block on the processor: 5 arrays of 256 KiB lie in a core's second-level cache, and temporaries come
+/// from memory that is in use already.
+pub const BLOCK: i64 = 1 << 16;
 
 /// Decay of the mean of gradients.
 pub const BETA1: f64 = 0.9;
@@ -34,24 +39,44 @@ impl Adam {
         Ok(Self { mean: zeros()?, square: zeros()?, steps: 0 })
     }
 
-    /// One step of `parameters` against `gradient`, which is used up.
+    /// One step of the flat `parameters` against `gradient`. On the processor it goes block by block, all of a block's
+    /// operations while it is in the cache, and ends with `false` at the first block that is not finite; the blocks
+    /// before it are then changed already. On a GPU the caller looks first.
     ///
     /// # Errors
     /// No room on the device.
-    pub fn step(&mut self, parameters: &mut Tensor, gradient: &Tensor, learning_rate: f64) -> Result<(), TrainError> {
+    pub fn step(&mut self, parameters: &Tensor, gradient: &Gradient, learning_rate: f64) -> Result<bool, TrainError> {
         self.steps += 1;
         let t = i32::try_from(self.steps).unwrap_or(i32::MAX);
         let step_size = learning_rate / (1.0 - BETA1.powi(t));
         let root2 = (1.0 - BETA2.powi(t)).sqrt();
-        let update = || -> Result<(), TchError> {
-            let _ = self.mean.f_lerp_(gradient, 1.0 - BETA1)?;
-            let _ = self.square.f_mul_scalar_(BETA2)?;
-            let _ = self.square.f_addcmul_(&gradient.f_mul_scalar(1.0 - BETA2)?, gradient)?;
-            let mut root = self.square.f_sqrt()?;
-            let _ = root.f_div_scalar_(root2)?;
-            let _ = root.f_add_scalar_(EPSILON)?;
-            let _ = parameters.f_addcdiv_(&self.mean.f_mul_scalar(-step_size)?, &root)?;
-            Ok(())
+        let processor = parameters.device() == Device::Cpu;
+        let update = || -> Result<bool, TchError> {
+            for piece in &gradient.0 {
+                let len = piece.values.size1()?;
+                let block = if processor { BLOCK } else { len.max(1) };
+                let mut at = 0;
+                while at < len {
+                    let n = block.min(len - at);
+                    let g = piece.values.f_narrow(0, at, n)?;
+                    if processor && !g.f_sum(Kind::Float)?.f_double_value(&[])?.is_finite() {
+                        return Ok(false);
+                    }
+                    let from = piece.offset + at;
+                    let mut mean = self.mean.f_narrow(0, from, n)?;
+                    let mut square = self.square.f_narrow(0, from, n)?;
+                    let mut p = parameters.f_narrow(0, from, n)?;
+                    let _ = mean.f_lerp_(&g, 1.0 - BETA1)?;
+                    let _ = square.f_mul_scalar_(BETA2)?;
+                    let _ = square.f_addcmul_(&g.f_mul_scalar(1.0 - BETA2)?, &g)?;
+                    let mut root = square.f_sqrt()?;
+                    let _ = root.f_div_scalar_(root2)?;
+                    let _ = root.f_add_scalar_(EPSILON)?;
+                    let _ = p.f_addcdiv_(&mean.f_mul_scalar(-step_size)?, &root)?;
+                    at += n;
+                }
+            }
+            Ok(true)
         };
         Ok(no_grad(update)?)
     }
@@ -102,12 +127,43 @@ impl Scaler {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::net::Piece;
+
+    fn gradient(values: &[f32]) -> Gradient {
+        Gradient(vec![Piece { offset: 0, values: Tensor::from_slice(values) }])
+    }
+
+    #[test]
+    fn blocks_and_pieces_change_nothing() {
+        let n = 3 * BLOCK + 17;
+        let values = Tensor::arange(n, (Kind::Float, Device::Cpu)).sin();
+        let step = |cuts: &[i64]| {
+            let p = Tensor::zeros([n], (Kind::Float, Device::Cpu));
+            let mut adam = Adam::new(n, Device::Cpu).unwrap();
+            for _ in 0..2 {
+                let piece = |w: &[i64]| Piece { offset: w[0], values: values.narrow(0, w[0], w[1] - w[0]) };
+                assert!(adam.step(&p, &Gradient(cuts.windows(2).map(piece).collect()), 0.1).unwrap());
+            }
+            p
+        };
+        let whole = step(&[0, n]);
+        assert_eq!(whole, step(&[0, 5, BLOCK + 3, n]));
+        assert_ne!(whole.double_value(&[n - 1]), 0.0);
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_is_noticed() {
+        let p = Tensor::from_slice(&[0.0f32; 2]);
+        let mut adam = Adam::new(2, Device::Cpu).unwrap();
+        assert!(!adam.step(&p, &gradient(&[1.0, f32::NAN]), 0.1).unwrap());
+        assert!(!adam.step(&p, &gradient(&[f32::INFINITY, 1.0]), 0.1).unwrap());
+    }
 
     #[test]
     fn the_first_step_moves_every_parameter_by_the_learning_rate() {
-        let mut p = Tensor::from_slice(&[1.0f32, 1.0, 1.0]);
+        let p = Tensor::from_slice(&[1.0f32, 1.0, 1.0]);
         let mut adam = Adam::new(3, Device::Cpu).unwrap();
-        adam.step(&mut p, &Tensor::from_slice(&[0.5f32, -20.0, 0.0]), 0.1).unwrap();
+        assert!(adam.step(&p, &gradient(&[0.5, -20.0, 0.0]), 0.1).unwrap());
         let p = Vec::<f32>::try_from(&p).unwrap();
         for (got, wanted) in p.iter().zip([0.9, 1.1, 1.0]) {
             assert!((got - wanted).abs() < 1e-6, "{p:?}");
@@ -116,7 +172,7 @@ mod tests {
 
     #[test]
     fn it_walks_as_in_plain_arithmetic() {
-        let mut p = Tensor::from_slice(&[0.3f32]);
+        let p = Tensor::from_slice(&[0.3f32]);
         let mut adam = Adam::new(1, Device::Cpu).unwrap();
         let (mut x, mut m, mut v) = (0.3f64, 0.0, 0.0);
         for t in 1..=50 {
@@ -124,7 +180,7 @@ mod tests {
             m = BETA1 * m + (1.0 - BETA1) * g;
             v = BETA2 * v + (1.0 - BETA2) * g * g;
             x -= 0.01 * (m / (1.0 - BETA1.powi(t))) / ((v / (1.0 - BETA2.powi(t))).sqrt() + EPSILON);
-            adam.step(&mut p, &Tensor::from_slice(&[g as f32]), 0.01).unwrap();
+            assert!(adam.step(&p, &gradient(&[g as f32]), 0.01).unwrap());
         }
         assert!((p.double_value(&[0]) - x).abs() < 1e-5);
     }
