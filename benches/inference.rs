@@ -64,9 +64,9 @@ fn layers(c: &mut Criterion) {
                 let weights = Stream::new(1, "w").fill(27 * channels[0] * channels[1], 0.0, 0.1);
                 let packed = conv.packed(kernels.vectors, &weights);
                 let mut input = Tensor::new(conv.input.len()).expect("memory");
-                input.reshape(conv.input);
+                input.reshape(conv.input, &pool);
                 let mut output = Tensor::new(conv.output.len()).expect("memory");
-                output.reshape(conv.output);
+                output.reshape(conv.output, &pool);
                 let mut sums = vec![0.0; Sums::len(conv.output, conv.sum_rows())];
                 let mut scratch = vec![0.0; conv.scratch(conv.block_rows()).iter().sum()];
                 let tiles: Vec<usize> = (0..conv.tiles()[0]).collect();

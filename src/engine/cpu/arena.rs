@@ -13,6 +13,7 @@ use std::ops::{Deref, DerefMut};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
+use super::pool::Pool;
 use super::simd::LANES;
 use crate::engine::EngineError;
 
@@ -136,6 +137,24 @@ impl Shape {
     }
 }
 
+/// Where [`Tensor::reshape`] gives each item a plane of its own.
+#[derive(Clone, Copy)]
+struct Planes(*mut f32);
+
+// SAFETY: used in `Tensor::reshape` alone, whose items write to different planes.
+unsafe impl Send for Planes {}
+// SAFETY: as above.
+unsafe impl Sync for Planes {}
+
+impl Planes {
+    /// # Safety
+    /// `index` lies within what the pointer was made from.
+    unsafe fn at(self, index: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(index) }
+    }
+}
+
 /// An activation. It remembers which shape's border is zero in it.
 pub struct Tensor {
     data: Floats,
@@ -153,31 +172,33 @@ impl Tensor {
         Ok(Self { data, shape: None })
     }
 
-    /// Takes `shape`: its border is zero afterwards, its inside what it was.
+    /// Takes `shape`: its border is zero afterwards, its inside what it was. The pool's threads share the planes.
     ///
     /// # Panics
     /// If the shape is too large.
-    pub fn reshape(&mut self, shape: Shape) {
+    pub fn reshape(&mut self, shape: Shape, pool: &Pool) {
         if self.shape == Some(shape) {
             return;
         }
-        let [_, bh, _] = shape.bordered();
+        let [bd, bh, _] = shape.bordered();
         let [d, h, w] = shape.dhw;
         let (row, plane) = (shape.row(), shape.plane());
-        for block in self.data[..shape.len()].chunks_exact_mut(shape.block()) {
-            for (z, data) in block.chunks_exact_mut(plane).enumerate() {
-                if !(1..=d).contains(&z) {
-                    data.fill(0.0);
-                    continue;
-                }
-                data[..row].fill(0.0);
-                data[(h + 1) * row..bh * row].fill(0.0);
-                for line in data[row..(h + 1) * row].chunks_exact_mut(row) {
-                    line[..LANES].fill(0.0);
-                    line[(w + 1) * LANES..].fill(0.0);
-                }
+        let data = Planes(self.data[..shape.len()].as_mut_ptr());
+        pool.run(shape.blocks() * bd, &|item, _| {
+            // SAFETY: `blocks * bd` planes make up the slice of `shape.len()` floats above, each item has its own, and
+            // the slice is exclusively borrowed until `run` returns.
+            let data = unsafe { std::slice::from_raw_parts_mut(data.at(item * plane), plane) };
+            if !(1..=d).contains(&(item % bd)) {
+                data.fill(0.0);
+                return;
             }
-        }
+            data[..row].fill(0.0);
+            data[(h + 1) * row..bh * row].fill(0.0);
+            for line in data[row..(h + 1) * row].chunks_exact_mut(row) {
+                line[..LANES].fill(0.0);
+                line[(w + 1) * LANES..].fill(0.0);
+            }
+        });
         self.shape = Some(shape);
     }
 
@@ -210,7 +231,7 @@ mod tests {
         assert_eq!(shape.bordered(), [4, 6, 8]);
         let mut tensor = Tensor::new(shape.len() + 5).unwrap();
         tensor.data.fill(1.0);
-        tensor.reshape(shape);
+        tensor.reshape(shape, &Pool::new(3, || {}).unwrap());
         let inside = tensor.data(shape).iter().filter(|v| **v == 1.0).count();
         assert_eq!(inside, 2 * LANES * 2 * 3 * 4);
         assert_eq!(tensor.data(shape)[shape.at(1, [0, 0, 0])], 1.0);
@@ -231,7 +252,7 @@ mod tests {
     #[should_panic(expected = "keeps its shape")]
     fn a_tensor_is_not_read_in_another_shape() {
         let mut tensor = Tensor::new(10_000).unwrap();
-        tensor.reshape(Shape::new(3, [2, 2, 2]));
+        tensor.reshape(Shape::new(3, [2, 2, 2]), &Pool::new(1, || {}).unwrap());
         let _ = tensor.data(Shape::new(3, [2, 2, 3]));
     }
 }

@@ -495,7 +495,7 @@ mod tests {
             conv.bias[..channels[1]].copy_from_slice(&bias);
             let weights = Stream::new(seed, "w").fill(27 * channels[0] * channels[1], 0.0, 1.0);
             let mut input = Tensor::new(conv.input.len()).unwrap();
-            input.reshape(conv.input);
+            input.reshape(conv.input, &Pool::new(1, || {}).unwrap());
             let values = Stream::new(seed, "x").fill(dhw.iter().product::<usize>() * channels[0], 0.3, 1.0);
             let mut values = values.into_iter();
             for ch in 0..channels[0] {
@@ -541,7 +541,7 @@ mod tests {
             let conv = &self.conv;
             let packed = conv.packed(kernels.vectors, &self.weights);
             let mut output = Tensor::new(conv.output.len()).unwrap();
-            output.reshape(conv.output);
+            output.reshape(conv.output, &pool);
             let mut sums = vec![f32::NAN; Sums::len(conv.output, conv.tiles()[1])];
             for part in parts {
                 match conv.method {
@@ -708,7 +708,7 @@ mod tests {
             let shape = Shape::new(c, [d, h, w]);
             let random = |name: &str| {
                 let mut tensor = Tensor::new(shape.len()).unwrap();
-                tensor.reshape(shape);
+                tensor.reshape(shape, &Pool::new(1, || {}).unwrap());
                 let values = Stream::new(seed, name).fill(shape.len(), 0.0, 1.0);
                 tensor.data_mut(shape).copy_from_slice(&values);
                 tensor
@@ -780,7 +780,7 @@ mod tests {
                 }
                 let stem = &plan.stem;
                 let mut output = Tensor::new(stem.output.len()).unwrap();
-                output.reshape(stem.output);
+                output.reshape(stem.output, &pool);
                 let weights = model.weights.get("stem.0.weight");
                 let packed = stem.packed(kernels.vectors, weights);
                 let input = DirectInput { data: &bordered, step: [at.plane(), 2 * at.row(), 2], length: 7 };
@@ -808,9 +808,9 @@ mod tests {
                 let shortcut = block.shortcut.as_ref().unwrap();
                 let (from, to) = (shortcut.input, shortcut.output);
                 let mut x = Tensor::new(from.len()).unwrap();
-                x.reshape(from);
+                x.reshape(from, &pool);
                 let mut y = Tensor::new(to.len()).unwrap();
-                y.reshape(to);
+                y.reshape(to, &pool);
                 for (tensor, shape, name) in [(&mut x, from, "x"), (&mut y, to, "y")] {
                     let values = Stream::new(seed, name).fill(shape.c * shape.dhw.iter().product::<usize>(), 0.2, 1.0);
                     for (i, v) in values.into_iter().enumerate() {
@@ -870,7 +870,7 @@ mod tests {
         let context = Context { pool: &pool, kernels: &kernels, cancel: &cancel };
         let packed = case.conv.packed(kernels.vectors, &case.weights);
         let mut output = Tensor::new(case.conv.output.len()).unwrap();
-        output.reshape(case.conv.output);
+        output.reshape(case.conv.output, &pool);
         let mut scratch = vec![0.0; case.conv.scratch(case.conv.block_rows()).iter().sum()];
         let result = winograd(
             &context,

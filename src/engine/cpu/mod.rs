@@ -268,8 +268,9 @@ impl CpuSession {
             let mut same = self.ahead.known[z];
             for (y, row) in plane.chunks_exact(w).enumerate() {
                 let held = &mut self.input[first + y * stem_input.row()..][..w];
-                // Bits are compared: -0 and 0 are different inputs.
-                if same && held.iter().zip(row).all(|(a, b)| a.to_bits() == b.to_bits()) {
+                // Bits are compared: -0 and 0 are different inputs. Without leaving early, which is done in vectors.
+                let differing = held.iter().zip(row).fold(0, |bits, (a, b)| bits | (a.to_bits() ^ b.to_bits()));
+                if same && differing == 0 {
                     continue;
                 }
                 same = false;
@@ -296,7 +297,7 @@ impl CpuSession {
         for (tensor, shape) in
             [(&mut *x, plan.stem.output), (&mut *y1, first.conv1.output), (&mut *y2, first.conv2.output)]
         {
-            tensor.reshape(shape);
+            tensor.reshape(shape, &shared.pool);
         }
         let (ahead, list) = (&mut self.ahead, &mut self.list);
         let d = plan.input_dhw[0];
@@ -378,7 +379,7 @@ impl CpuSession {
             self.list.clear();
             self.list.extend(0..block.conv1.tiles()[0]);
             let started = Instant::now();
-            y1.reshape(block.conv1.output);
+            y1.reshape(block.conv1.output, &shared.pool);
             convolution(
                 context,
                 &block.conv1,
@@ -394,7 +395,7 @@ impl CpuSession {
             let started = Instant::now();
             self.list.clear();
             self.list.extend(0..block.conv2.tiles()[0]);
-            y2.reshape(block.conv2.output);
+            y2.reshape(block.conv2.output, &shared.pool);
             let sums = Some(Sums(&mut self.sums));
             convolution(
                 context,
@@ -448,12 +449,15 @@ impl CpuSession {
         }));
         let x = self.activations[0].data(shape);
         out.feature_shape_cdhw = [shape.c, d, h, w];
-        out.feature_map.clear();
-        for ch in 0..shape.c {
-            for z in 0..d {
-                for y in 0..h {
-                    let row = &x[shape.at(ch / LANES, [z, y, 0])..][..w * LANES];
-                    out.feature_map.extend(row[ch % LANES..].iter().step_by(LANES));
+        out.feature_map.resize(shape.c * d * h * w, 0.0);
+        for block in 0..shape.blocks() {
+            let lanes = LANES.min(shape.c - block * LANES);
+            for (z, y) in (0..d).flat_map(|z| (0..h).map(move |y| (z, y))) {
+                let row = &x[shape.at(block, [z, y, 0])..][..w * LANES];
+                for lane in 0..lanes {
+                    let at = (((block * LANES + lane) * d + z) * h + y) * w;
+                    let to = &mut out.feature_map[at..at + w];
+                    to.iter_mut().zip(row[lane..].iter().step_by(LANES)).for_each(|(to, v)| *to = *v);
                 }
             }
         }
