@@ -137,19 +137,19 @@ impl Shape {
     }
 }
 
-/// Where [`Tensor::reshape`] gives each item a plane of its own.
+/// A place that several threads write to, each its own part.
 #[derive(Clone, Copy)]
-struct Planes(*mut f32);
+pub(super) struct Place(pub(super) *mut f32);
 
-// SAFETY: used in `Tensor::reshape` alone, whose items write to different planes.
-unsafe impl Send for Planes {}
+// SAFETY: a `Place` is only used in this backend's files, which give each item of work a part of its own.
+unsafe impl Send for Place {}
 // SAFETY: as above.
-unsafe impl Sync for Planes {}
+unsafe impl Sync for Place {}
 
-impl Planes {
+impl Place {
     /// # Safety
-    /// `index` lies within what the pointer was made from.
-    unsafe fn at(self, index: usize) -> *mut f32 {
+    /// `index` lies within the place.
+    pub(super) unsafe fn at(self, index: usize) -> *mut f32 {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(index) }
     }
@@ -183,7 +183,7 @@ impl Tensor {
         let [bd, bh, _] = shape.bordered();
         let [d, h, w] = shape.dhw;
         let (row, plane) = (shape.row(), shape.plane());
-        let data = Planes(self.data[..shape.len()].as_mut_ptr());
+        let data = Place(self.data[..shape.len()].as_mut_ptr());
         pool.run(shape.blocks() * bd, &|item, _| {
             // SAFETY: `blocks * bd` planes make up the slice of `shape.len()` floats above, each item has its own, and
             // the slice is exclusively borrowed until `run` returns.

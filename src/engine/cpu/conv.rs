@@ -11,7 +11,7 @@
 //! Every function here checks the lengths that its kernels rely on, and is safe to call.
 #![allow(unsafe_code)]
 
-use super::arena::{Shape, Tensor};
+use super::arena::{Place, Shape, Tensor};
 use super::dispatch::{Kernels, Tiling, Transforms};
 use super::matrix::{DirectRow, Frequency, MergeRow};
 use super::plan::Conv;
@@ -44,24 +44,6 @@ impl Context<'_> {
             }
         });
         if self.cancel.is_cancelled() { Err(EngineError::Cancelled) } else { Ok(()) }
-    }
-}
-
-/// A place that several threads write to, each its own part.
-#[derive(Clone, Copy)]
-struct Place(*mut f32);
-
-// SAFETY: a `Place` is only used inside the functions of this file, which give each item a part of its own.
-unsafe impl Send for Place {}
-// SAFETY: as above.
-unsafe impl Sync for Place {}
-
-impl Place {
-    /// # Safety
-    /// `index` lies within the place.
-    unsafe fn at(self, index: usize) -> *mut f32 {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.add(index) }
     }
 }
 
