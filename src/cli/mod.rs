@@ -6,6 +6,7 @@
 mod bench;
 mod demo;
 mod infer;
+mod latency;
 mod modelcmd;
 mod resident;
 mod serve;
@@ -313,6 +314,10 @@ pub struct BenchArgs {
     /// Only completion by a declared count (pipeline); by release of the association, too, when absent.
     #[arg(long)]
     pub declare_count: bool,
+    /// Only completion by a declared count, at line rate or --rate, with where the time goes (pipeline): one daemon takes
+    /// all runs, and pictures are not made.
+    #[arg(long, conflicts_with = "declare_count")]
+    pub declared_only: bool,
     /// Print one JSON document on stdout.
     #[arg(long)]
     pub json: bool,

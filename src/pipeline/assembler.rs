@@ -31,7 +31,7 @@ use crate::pipeline::jobs::{
     AheadDone, AheadJob, DecodeJob, DecodeTask, Decoded, DecodedSlice, FromInfer, InferDone, InferJob, Inferred,
     PublishJob, Published, SliceHandle, Timing, ToInfer,
 };
-use crate::pipeline::planes::SharedPlane;
+use crate::pipeline::planes::{SharedPlane, SlicePlane};
 use crate::resample::lung::SliceLung;
 use crate::resample::plan::InPlanePlan;
 use crate::scan::select::{MAX_GRIDS, Selection, SliceFacts, facts, select};
@@ -122,7 +122,7 @@ struct Entry {
     facts: SliceFacts,
     grid: Option<usize>,
     slot: Option<u32>,
-    plane: Option<SharedPlane>,
+    plane: Option<SlicePlane>,
     lung: Option<SliceLung>,
 }
 
@@ -196,6 +196,9 @@ struct Series {
     completed: Option<(Cause, Instant)>,
     job: Option<Job>,
     last_pdata_at: Instant,
+    durable_at: Instant,
+    decoded_at: Instant,
+    resampled_at: Instant,
     quiet_since: Instant,
     decode_s: f64,
     resample_s: f64,
@@ -593,6 +596,9 @@ impl Assembler {
                 completed: None,
                 job: None,
                 last_pdata_at: Instant::now(),
+                durable_at: Instant::now(),
+                decoded_at: Instant::now(),
+                resampled_at: Instant::now(),
                 quiet_since: Instant::now(),
                 decode_s: 0.0,
                 resample_s: 0.0,
@@ -683,6 +689,7 @@ impl Assembler {
         }
         series.covered = arrival.ordinal + 1;
         series.last_pdata_at = arrival.last_pdata_at;
+        series.durable_at = arrival.durable_at;
         series.quiet_since = Instant::now();
         if series.recovered_open && !recovered {
             series.recovered_open = false;
@@ -800,6 +807,8 @@ impl Assembler {
         series.in_flight -= 1;
         series.decode_s += decoded.decode_s;
         series.resample_s += decoded.resample_s;
+        series.decoded_at = decoded.decoded_at;
+        series.resampled_at = decoded.resampled_at;
         match decoded.result {
             Ok(DecodedSlice::Filled { slot, plane, lung }) => {
                 let entry = &mut series.entries[decoded.entry];
@@ -1043,6 +1052,9 @@ impl Assembler {
             notes,
             timing: Timing {
                 last_pdata_at: series.last_pdata_at,
+                durable_at: series.durable_at,
+                decoded_at: series.decoded_at,
+                resampled_at: series.resampled_at,
                 completed_at,
                 decode_s: series.decode_s,
                 resample_s: series.resample_s,
@@ -1159,7 +1171,11 @@ impl Series {
         // Entries are filed in the order of arrival.
         let arrival: Vec<u64> = selection.ordered.iter().map(|i| *i as u64).collect();
         let prediction = ahead::predict(&stack.depth_mm, &arrival, count, grid)?;
-        let planes = selection.ordered.iter().map(|i| self.entries[*i].plane.clone()).collect();
+        let planes = selection
+            .ordered
+            .iter()
+            .map(|i| self.entries[*i].plane.as_ref().and_then(SlicePlane::host).cloned())
+            .collect();
         Some((prediction, planes))
     }
 

@@ -82,6 +82,8 @@ pub struct Arrival {
     pub association: u64,
     /// When its last P-DATA byte was read.
     pub last_pdata_at: Instant,
+    /// When its record was on disk.
+    pub durable_at: Instant,
     /// Its place: the offset of its record in the journal. Rises with every record and never changes.
     pub ordinal: u64,
     /// Whether it is the first data set of its journal.
@@ -430,14 +432,18 @@ impl JournalThread {
                 }
             }
         }
+        let durable_at = Instant::now();
         if !touched.is_empty() {
-            events::StageTimed { stage: Stage::Journal, took: started.elapsed() }.emit();
+            events::StageTimed { stage: Stage::Journal, took: durable_at.duration_since(started) }.emit();
         }
         touched.clear();
         for Appended { request, mut status, forward } in group.drain(..) {
             if status == StoreStatus::Success && failed.contains(&request.series) {
                 status = StoreStatus::OutOfResources;
-            } else if let Some(message) = forward {
+            } else if let Some(mut message) = forward {
+                if let ToAssembler::Slice(arrival) = &mut message {
+                    arrival.durable_at = durable_at;
+                }
                 // Nobody there: shutting down. The record is safe and comes back at the next start.
                 let _ = self.assembler.send(message);
             }
@@ -528,6 +534,7 @@ impl JournalThread {
             reader: journal.reader.clone(),
             association: request.association,
             last_pdata_at: request.last_pdata_at,
+            durable_at: request.last_pdata_at,
             ordinal: record.offset,
             first,
             count_is_declared: request.count_is_declared,
@@ -645,6 +652,7 @@ impl JournalThread {
             reader: reader.clone(),
             association: RECOVERED,
             last_pdata_at: Instant::now(),
+            durable_at: Instant::now(),
             ordinal: record.offset,
             first,
             count_is_declared: false,
