@@ -15,13 +15,16 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use crate::gpu::{Gpu, Stream};
 use crate::model::Model;
 
 pub mod cpu;
+pub mod cuda;
 pub mod priority;
 pub mod reference;
 
@@ -160,6 +163,14 @@ pub enum EngineError {
         /// Why.
         reason: String,
     },
+    /// The device or its driver failed while it worked.
+    #[error("backend {backend} failed: {reason}")]
+    Device {
+        /// Which.
+        backend: &'static str,
+        /// What the driver said.
+        reason: String,
+    },
     /// No such backend.
     #[error("unknown backend {0:?}: expected auto, reference, cpu, tensorrt or cuda")]
     UnknownBackend(String),
@@ -286,6 +297,17 @@ impl Reuse {
     }
 }
 
+/// Where a session on a GPU takes its input from.
+#[derive(Clone, Debug)]
+pub struct DeviceInput {
+    /// The GPU.
+    pub gpu: Arc<Gpu>,
+    /// Device address of D x H x W f32, row-major.
+    pub ptr: u64,
+    /// The stream that a run is ordered on: what fills the input is ordered there, or waited for by it.
+    pub stream: Arc<Stream>,
+}
+
 /// One worker's way to run the network.
 pub trait Session: Send {
     /// Runs the network on `input` (D, H, W row-major, values in [0, 1]) and fills `out`, whose buffers are reused.
@@ -306,6 +328,34 @@ pub trait Session: Send {
     /// [`EngineError::InputLength`]; [`EngineError::Cancelled`] when `cancel` is set: what was finished is kept.
     fn advance(&mut self, input: &[f32], ready: &[bool], cancel: &CancelToken) -> Result<(), EngineError> {
         let _ = (input, ready, cancel);
+        Ok(())
+    }
+
+    /// The input on the device, for whoever can fill it there; `None` for a backend that reads host memory.
+    fn device_input(&self) -> Option<DeviceInput> {
+        None
+    }
+
+    /// [`run`](Self::run) on what lies in [`device_input`](Self::device_input). Values are not looked at one by one: an
+    /// input that is not finite ends in [`EngineError::NotFinite`].
+    ///
+    /// # Errors
+    /// As [`run`](Self::run); [`EngineError::Unavailable`] for a backend that reads host memory.
+    fn run_device(&mut self, cancel: &CancelToken, out: &mut Inference) -> Result<(), EngineError> {
+        let _ = (cancel, out);
+        Err(EngineError::Unavailable { backend: "device input", reason: "this backend reads host memory".to_owned() })
+    }
+
+    /// Milliseconds that the last run took on the device, without copies and waits; `None` for a backend without one.
+    fn device_ms(&self) -> Option<f64> {
+        None
+    }
+
+    /// Times every step alone, for [`layers`](Self::layers), where a run does not do so by itself.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    fn profile(&mut self) -> Result<(), EngineError> {
         Ok(())
     }
 
@@ -334,7 +384,7 @@ pub fn prepare(kind: BackendKind, model: &Model, options: &EngineOptions) -> Res
             Ok(Box::new(cpu::CpuBackend::new(model, options, Some(note))?))
         }
         BackendKind::Tensorrt => unavailable("tensorrt"),
-        BackendKind::Cuda => unavailable("cuda"),
+        BackendKind::Cuda => Ok(Box::new(cuda::CudaBackend::new(model, options)?)),
     }
 }
 
