@@ -30,7 +30,7 @@ const THREADS: u32 = 384;
 /// Bytes of scratch offered to a plan of cuDNN.
 pub(super) const WORKSPACE_LIMIT: usize = 256 << 20;
 /// Plans of cuDNN that are tried for one convolution.
-const MAX_PLANS: usize = 6;
+const MAX_PLANS: usize = 4;
 /// Largest ||got - want|| / ||want|| of a kernel that counts as right. f16 results differ by half a unit, 3e-4 in the mean.
 const TOLERANCE: f64 = 1e-3;
 /// Depth planes that are checked: the first, the last, and some between.
@@ -119,8 +119,6 @@ pub struct Variant {
     pub np: usize,
     /// Slots of the ring of weights.
     pub nw: usize,
-    /// Blocks that share weights.
-    pub cluster: usize,
 }
 
 impl Variant {
@@ -157,9 +155,9 @@ impl Variant {
         th * tw * shape.output_dhw[0].div_ceil(self.pd * self.pw)
     }
 
-    /// Pieces of work, each for one cluster.
+    /// Pieces of work.
     fn work(&self, shape: &Shape) -> usize {
-        self.tiles(shape).div_ceil(self.cluster) * (shape.c_out / (64 * self.mb())) * self.split
+        self.tiles(shape) * (shape.c_out / (64 * self.mb())) * self.split
     }
 
     /// What is worth a try for `shape`, the likeliest first; empty when the kernel cannot do it.
@@ -182,22 +180,19 @@ impl Variant {
                 continue;
             }
             let nh = best_rows(limit);
-            for cluster in [2, 1] {
-                let mut variant = Self { nh, pw, pd, split: 1, np: 0, nw: if pd == 2 { 4 } else { 3 }, cluster };
-                // Too few pieces for the GPU: the input channels are divided until it is busy.
-                let chunks = shape.c_in / 64;
-                while variant.work(shape) * cluster * 2 <= multiprocessors + multiprocessors / 4
-                    && chunks.is_multiple_of(variant.split * 2)
-                    && shape.kernel == 3
-                {
-                    variant.split *= 2;
-                }
-                let free = SHARED_LIMIT - Self { np: 0, ..variant }.shared_bytes(shape);
-                variant.np = (free / (variant.unit_bytes(shape) + 16)).min(12);
-                let planes = pd * pw;
-                if variant.np >= (2 * planes).max(3) {
-                    out.push(variant);
-                }
+            let mut variant = Self { nh, pw, pd, split: 1, np: 0, nw: if pd == 2 { 4 } else { 3 } };
+            // Too few pieces for the GPU: the input channels are divided until it is busy.
+            let chunks = shape.c_in / 64;
+            while variant.work(shape) * 2 <= multiprocessors + multiprocessors / 4
+                && chunks.is_multiple_of(variant.split * 2)
+                && shape.kernel == 3
+            {
+                variant.split *= 2;
+            }
+            let free = SHARED_LIMIT - Self { np: 0, ..variant }.shared_bytes(shape);
+            variant.np = (free / (variant.unit_bytes(shape) + 16)).min(12);
+            if variant.np >= (2 * pd * pw).max(3) {
+                out.push(variant);
             }
         }
         out
@@ -205,8 +200,8 @@ impl Variant {
 
     /// As in the choices file and tables.
     pub fn name(&self) -> String {
-        let Self { nh, pw, pd, split, np, nw, cluster } = self;
-        format!("sm90 rows {nh} planes {pw} depth {pd} split {split} rings {np}/{nw} cluster {cluster}")
+        let Self { nh, pw, pd, split, np, nw } = self;
+        format!("sm90 rows {nh} planes {pw} depth {pd} split {split} rings {np}/{nw}")
     }
 
     /// The kernel's text for `shape`.
@@ -229,7 +224,6 @@ impl Variant {
             define("NP", self.np),
             define("NW", self.nw),
             define("SROWS", self.stored_rows()),
-            define("CLUSTER", self.cluster),
         ];
         let text = CONV_SM90.replace("@MULTIPLY@", &multiply_text(8 * self.nh));
         Source { name: "conv_sm90.cu", text: Cow::Owned(text), options, arch_specific: true }
@@ -327,7 +321,15 @@ impl Maker<'_> {
     fn own(&self, shape: &Shape, variant: Variant) -> Result<Own, GpuError> {
         let conv = self.gpu.load(&variant.source(shape))?.function("conv", variant.shared_bytes(shape))?;
         let finish = if variant.split > 1 {
-            Some(self.gpu.load(&block_source(shape.c_out, shape.output_dhw, None))?.function("finish_split", 0)?)
+            Some(
+                self.gpu
+                    .load(&block_source(
+                        shape.c_out,
+                        shape.output_dhw,
+                        super::network::hidden(shape.c_out, shape.output_dhw),
+                    ))?
+                    .function("finish_split", 0)?,
+            )
         } else {
             None
         };
@@ -348,19 +350,18 @@ impl Maker<'_> {
     }
 }
 
-/// `layers.cu` for a block's output.
-pub(super) fn block_source(channels: usize, dhw: [usize; 3], attention: Option<(usize, usize, usize)>) -> Source {
+/// `layers.cu` for a block's output, with the hidden widths of its depth and channel attention.
+pub(super) fn block_source(channels: usize, dhw: [usize; 3], hidden: [usize; 2]) -> Source {
     let [d, h, w] = dhw;
-    let mut options = vec![
+    let options = vec![
         "-DBLOCK".to_owned(),
         format!("-DC={channels}"),
         format!("-DD={d}"),
         format!("-DH={h}"),
         format!("-DW={w}"),
+        format!("-DHIDDEN_D={}", hidden[0]),
+        format!("-DHIDDEN_C={}", hidden[1]),
     ];
-    if let Some((team, hidden_d, hidden_c)) = attention {
-        options.extend([format!("-DTEAM={team}"), format!("-DHIDDEN_D={hidden_d}"), format!("-DHIDDEN_C={hidden_c}")]);
-    }
     Source { name: "layers.cu", text: Cow::Borrowed(LAYERS), options, arch_specific: false }
 }
 
@@ -434,8 +435,7 @@ impl Prepared {
                 let x_map =
                     tensor_map(places.x, shape.c_in, shape.input_dhw, variant.unit_bytes(&shape) / 1024, shape.stride)?;
                 let y_map = tensor_map(places.y, shape.c_out, shape.output_dhw, variant.stored_rows(), 1)?;
-                let sms = maker.gpu.multiprocessors() as usize / variant.cluster;
-                let grid = (variant.work(&shape).min(sms.max(1)) * variant.cluster) as u32;
+                let grid = variant.work(&shape).min(maker.gpu.multiprocessors() as usize) as u32;
                 Kind::Own { own: own.clone(), x_map, y_map, parts: places.scratch, grid }
             }
             (Choice::Cudnn(name), _) => {

@@ -11,7 +11,6 @@
 //   MB            warpgroups along channels; PD * MB = 2
 //   SPLIT         parts of the input channels; more than 1 writes f32 sums, which `finish_split` adds up
 //   NP, NW        slots of the rings of planes and weights      SROWS   rows stored at a time, divides NH
-//   CLUSTER       1, or 2: two blocks with the same weights take half of them each and send it to both
 //
 // The matrix product has output channels as rows (64 a warpgroup) and voxels as columns (8 * NH), so that both operands
 // come from shared memory in the order the matrix unit wants (128-byte swizzle, 64 channels a row) and a column group of
@@ -55,9 +54,7 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 #define WEIGHT_BYTES (MROWS * 128)
 #define STAGE_BYTES (SROWS * 1024)
 #define TAPS (KSIZE * KSIZE * KSIZE)
-// Pairs of voxel tiles that a cluster takes together.
-#define VGROUPS ((VTILES + CLUSTER - 1) / CLUSTER)
-#define WORK (VGROUPS * MTILES * SPLIT)
+#define WORK (VTILES * MTILES * SPLIT)
 
 static_assert(PD * MB == 2, "two warpgroups multiply");
 static_assert(NP >= 2 * PLANES && NP >= 3 && NW >= 2, "a ring that cannot stand still");
@@ -79,29 +76,11 @@ __device__ __forceinline__ void bar_expect(u32 bar, u32 bytes) {
 __device__ __forceinline__ void bar_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-__device__ __forceinline__ void bar_arrive_in(u32 bar, u32 block) {
-    asm volatile(
-        "{\n.reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(block)
-        : "memory");
-}
 __device__ __forceinline__ void bar_wait(u32 bar, u32 parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
         "again:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n}" ::"r"(bar), "r"(parity)
-        : "memory");
-}
-// As bar_wait, and sees what other blocks of the cluster released.
-__device__ __forceinline__ void bar_wait_cluster(u32 bar, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
         "@done bra over;\n"
         "bra again;\n"
         "over:\n}" ::"r"(bar), "r"(parity)
@@ -118,12 +97,6 @@ __device__ __forceinline__ void load_weights(u32 to, const char* from, u32 bytes
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
         "r"(bytes), "r"(bar)
-        : "memory");
-}
-__device__ __forceinline__ void load_weights_to_both(u32 to, const char* from, u32 bytes, u32 bar) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "h"((u16)3)
         : "memory");
 }
 __device__ __forceinline__ void store_rows(const TensorMap* map, u32 from, int c, int w, int h, int d) {
@@ -164,18 +137,16 @@ struct Tile {
     int m;          // first output channel
     int chunk;      // first chunk of input channels
     int part;       // which part of them
-    bool there;     // the second of an odd pair is not
     int in_plane;   // number of the tile in its planes
 };
 
-__device__ __forceinline__ Tile tile_of(int work, int rank) {
+__device__ __forceinline__ Tile tile_of(int work) {
     Tile t;
     t.m = (work % MTILES) * MROWS;
     work /= MTILES;
     t.part = work % SPLIT;
     t.chunk = t.part * CHUNKS;
-    int v = (work / SPLIT) * CLUSTER + rank;
-    t.there = v < VTILES;
+    int v = work / SPLIT;
     t.in_plane = v % (TILES_W * TILES_H);
     t.w = (v % TILES_W) * 8;
     v /= TILES_W;
@@ -198,9 +169,6 @@ struct Ring {
 };
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
-#endif
 conv(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map, const char* __restrict__ weights,
      const float* __restrict__ bias, float* __restrict__ sums, float* __restrict__ parts, int relu) {
     extern __shared__ __align__(1024) char shared[];
@@ -208,11 +176,6 @@ conv(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     const u32 full_p = base + OFF_BARS, empty_p = full_p + 8 * NP;
     const u32 full_w = empty_p + 8 * NP, empty_w = full_w + 8 * NW;
     const int warpgroup = threadIdx.x / 128;
-    u32 rank = 0;
-#if CLUSTER > 1
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
 
     if (threadIdx.x == 0) {
         if (base & 1023) asm volatile("trap;");
@@ -222,16 +185,12 @@ conv(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         }
         for (int i = 0; i < NW; i++) {
             bar_init(full_w + 8 * i, 1);
-            bar_init(empty_w + 8 * i, 2 * CLUSTER);
+            bar_init(empty_w + 8 * i, 2);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async;" ::: "memory");
     }
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
     __syncthreads();
-#endif
 
     if (warpgroup == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -244,22 +203,15 @@ conv(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
                 load_plane(base + p.slot * UNIT_BYTES, &x_map, full_p + 8 * p.slot, c, w, h, d);
                 p.next();
             };
-            for (int work = first; work < WORK; work += step) {
-                const Tile t = tile_of(work, rank);
+            for (int work = blockIdx.x; work < WORK; work += gridDim.x) {
+                const Tile t = tile_of(work);
                 const char* from =
                     weights + (u64)(t.m / MROWS) * (C_IN / 64) * TAPS * WEIGHT_BYTES + (u64)t.chunk * TAPS * WEIGHT_BYTES;
                 auto weight = [&]() {
                     const u32 bar = full_w + 8 * q.slot, to = base + OFF_WEIGHTS + q.slot * WEIGHT_BYTES;
-#if CLUSTER > 1
-                    bar_wait_cluster(empty_w + 8 * q.slot, q.phase ^ 1);
-                    bar_expect(bar, WEIGHT_BYTES);
-                    const u32 half = WEIGHT_BYTES / 2;
-                    load_weights_to_both(to + rank * half, from + rank * half, half, bar);
-#else
                     bar_wait(empty_w + 8 * q.slot, q.phase ^ 1);
                     bar_expect(bar, WEIGHT_BYTES);
                     load_weights(to, from, WEIGHT_BYTES, bar);
-#endif
                     from += WEIGHT_BYTES;
                     q.next();
                 };
@@ -305,14 +257,7 @@ conv(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         float acc[PW][ACC];
 
         auto release_weight = [&](int slot) {
-            if (elected) {
-#if CLUSTER > 1
-                bar_arrive_in(empty_w + 8 * slot, 0);
-                bar_arrive_in(empty_w + 8 * slot, 1);
-#else
-                bar_arrive(empty_w + 8 * slot);
-#endif
-            }
+            if (elected) bar_arrive(empty_w + 8 * slot);
         };
         auto release_plane = [&](int slot) {
             if (elected) bar_arrive(empty_p + 8 * slot);
@@ -321,8 +266,8 @@ conv(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         auto slot_after = [&](int by) { return p.slot + by >= NP ? p.slot + by - NP : p.slot + by; };
         auto phase_after = [&](int by) { return p.slot + by >= NP ? p.phase ^ 1 : p.phase; };
 
-        for (int work = first; work < WORK; work += step) {
-            const Tile t = tile_of(work, rank);
+        for (int work = blockIdx.x; work < WORK; work += gridDim.x) {
+            const Tile t = tile_of(work);
             int add = 0;
             // Released when the matrix unit has passed them: a slot of weights, and planes just before the ring's position.
             int last_weight = -1, last_planes = 0;
@@ -409,7 +354,7 @@ conv(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll
             for (int j = 0; j < PW; j++) {
                 const int d = t.d + my_plane + j;
-                const bool plane_there = t.there && d < OD;
+                const bool plane_there = d < OD;
 #if SPLIT > 1
                 if (plane_there) {
                     float* to = parts + (((u64)t.part * OD + d) * OH * OW) * C_OUT;
@@ -488,7 +433,4 @@ conv(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         }
         if (elected) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
 }

@@ -48,22 +48,33 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 #define PATCH_ROWS (2 * ROWS + 5)
 #define COLUMN_TILES (C / 8)
 #define ROW_TILES ((OW + 15) / 16)
-#define GROUP 4
+#define GROUP 2
 
-extern "C" __global__ void __launch_bounds__(224)
+extern "C" __global__ void __launch_bounds__(224, 2)
 stem(const float* __restrict__ x, const uint2* __restrict__ weights, const float* __restrict__ bias, u16* __restrict__ y) {
     extern __shared__ __align__(16) u16 patch[];
     uint2* packed = (uint2*)(patch + 3 * PATCH_ROWS * PITCH);
     const int d = blockIdx.y, h0 = blockIdx.x * ROWS;
     for (int i = threadIdx.x; i < 11 * COLUMN_TILES * 32; i += blockDim.x) packed[i] = weights[i];
-    for (int i = threadIdx.x; i < 3 * PATCH_ROWS * PITCH; i += blockDim.x) {
-        const int row = i / PITCH, column = i % PITCH - 3;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    // A row a warp; all loads of a row are under way before the first is used.
+    for (int row = warp; row < 3 * PATCH_ROWS; row += warps) {
         const int id = d + row / PATCH_ROWS - 1, ih = 2 * h0 + row % PATCH_ROWS - 3;
-        const bool inside = id >= 0 && id < ID && ih >= 0 && ih < IH && column >= 0 && column < IW;
-        patch[i] = half_bits(inside ? x[((u64)id * IH + ih) * IW + column] : 0.f);
+        const bool row_inside = id >= 0 && id < ID && ih >= 0 && ih < IH;
+        const float* from = x + ((u64)(row_inside ? id : 0) * IH + (row_inside ? ih : 0)) * IW - 3;
+        float v[(PITCH + 31) / 32];
+#pragma unroll
+        for (int i = 0; i < (PITCH + 31) / 32; i++) {
+            const int column = i * 32 + lane;
+            v[i] = row_inside && column >= 3 && column < IW + 3 ? from[column] : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < (PITCH + 31) / 32; i++) {
+            const int column = i * 32 + lane;
+            if (column < PITCH) patch[row * PITCH + column] = half_bits(v[i]);
+        }
     }
     __syncthreads();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int tiles = ROWS * ROW_TILES;
     float offset[COLUMN_TILES][2];
 #pragma unroll
@@ -134,7 +145,7 @@ stem(const float* __restrict__ x, const uint2* __restrict__ weights, const float
 #endif
 
 #ifdef BLOCK
-// Macros: C channels, D, H, W of the block's output.
+// Macros: C channels, D, H, W of the block's output, HIDDEN_D and HIDDEN_C of its attentions.
 #define AREA (H * W)
 #define GROUPS (C / 8)
 
@@ -150,100 +161,148 @@ plane_sums(const u16* __restrict__ y, float* __restrict__ sums) {
     }
 }
 
-// Both attentions of a block, from the sums of its second convolution. Channel attention needs no second pass over the
+// The attentions of a block, from the sums of its second convolution. Channel attention needs no second pass over the
 // volume: its mean over D, H, W is the mean over d of what depth attention makes of the means over H, W.
 //
-//   m[c, d]  = sum over parts / (H W)
-//   depth first:   da = sigmoid(W2 relu(W1 m + b1) + b2);  z[c] = mean_d da[c, d] m[c, d];  ca = CA(z)
-//   channel first: z[c] = mean_d m[c, d];  ca = CA(z);  da = sigmoid(W2 relu(W1 (ca m) + b1) + b2)
-//   scale[d, c] = da[c, d] ca[c];  CA(z) = sigmoid(V2 relu(V1 z + c1) + c2)
+//   m[d, c] = sum over parts / (H W)
+//   depth first:    da = sigmoid(W2 relu(W1 m + b1) + b2);  z[c] = mean_d da[d, c] m[d, c];  ca = CA(z)
+//   channel first:  z[c] = mean_d m[d, c];  ca = CA(z);  da = sigmoid(W2 relu(W1 (ca m) + b1) + b2)
+//   scale[d, c] = da[d, c] ca[c];  CA(z) = sigmoid(V2 relu(V1 z + c1) + c2)
 //
-// W1 is HIDDEN_D x (C D), W2 transposed: HIDDEN_D x (C D). V1 is HIDDEN_C x C, V2 transposed: HIDDEN_C x C.
-// TEAM blocks work together, `m`, `hidden` and `da` in device memory between them.
-#ifdef TEAM
-__device__ __forceinline__ void team_barrier() {
-#if TEAM > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
+// Four kernels, of which a block uses those it needs: `means` and `hidden` with a block of threads a plane, `depth` and
+// `channel`. W1 is kept as D x HIDDEN_D x C, so that each plane adds its own part of the hidden layer, and W2 as
+// HIDDEN_D x D x C. V1 is HIDDEN_C x C, V2 transposed: HIDDEN_C x C.
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
 __device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
     for (int i = 16; i > 0; i >>= 1) v += __shfl_xor_sync(0xffffffffu, v, i);
     return v;
 }
 
+// m of one plane; then, where `w1` is given, the plane's part of the hidden layer: partial[d, j] = sum_c W1[d, j, c] m[d, c],
+// with `ca` (if given) on m. With `sums` null m is there already.
 extern "C" __global__ void __launch_bounds__(512)
-#if TEAM > 1
-__cluster_dims__(TEAM, 1, 1)
-#endif
-attend(const float* __restrict__ sums, int parts, float* m, float* hidden, float* da, float* __restrict__ scale,
-       const float* __restrict__ w1, const float* __restrict__ b1, const float* __restrict__ w2,
-       const float* __restrict__ b2, const float* __restrict__ v1, const float* __restrict__ c1,
-       const float* __restrict__ v2, const float* __restrict__ c2, int depth, int channel, int channel_first) {
-    __shared__ float z[C], hidden_c[C], ca[C];
-    const int team_thread = blockIdx.x * blockDim.x + threadIdx.x, team_threads = TEAM * blockDim.x;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    for (int i = team_thread; i < C * D; i += team_threads) {
-        const int c = i % C, d = i / C;
-        float sum = 0.f;
-        for (int part = 0; part < parts; part++) sum += sums[((u64)d * parts + part) * C + c];
-        m[c * D + d] = sum / (float)AREA;
-    }
-    team_barrier();
-    auto channel_attention = [&](const float* by) {
-        // Every block of the team does all of it: C * C / 8 multiply-adds are fewer than a barrier costs.
-        for (int c = threadIdx.x; c < C; c += blockDim.x) {
+means(const float* __restrict__ sums, int parts, float* m, const float* __restrict__ ca, const float* __restrict__ w1,
+      float* __restrict__ partial) {
+    __shared__ float run[512], mine[C];
+    const int d = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (sums) {
+        // Up to 512 channels side by side; with fewer, several runs of parts a channel.
+        for (int c0 = 0; c0 < C; c0 += 512) {
+            const int side = C - c0 < 512 ? C - c0 : 512, runs = 512 / side;
+            const int c = threadIdx.x % side, r = threadIdx.x / side;
             float sum = 0.f;
-            for (int d = 0; d < D; d++) sum += __ldcg(m + c * D + d) * (by ? __ldcg(by + c * D + d) : 1.f);
-            z[c] = sum / (float)D;
+            if (r < runs) {
+#pragma unroll 8
+                for (int part = r; part < parts; part += runs) sum += sums[((u64)d * parts + part) * C + c0 + c];
+            }
+            run[threadIdx.x] = sum;
+            __syncthreads();
+            if (threadIdx.x < side) {
+                for (int i = 1; i < runs; i++) sum += run[i * side + c];
+                const float mean = sum / (float)AREA;
+                m[d * C + c0 + c] = mean;
+                mine[c0 + c] = mean;
+            }
+            __syncthreads();
         }
+    } else {
+        for (int c = threadIdx.x; c < C; c += blockDim.x) mine[c] = m[d * C + c];
         __syncthreads();
-        for (int k = warp; k < HIDDEN_C; k += warps) {
+    }
+    if (!w1) return;
+    if (ca) {
+        for (int c = threadIdx.x; c < C; c += blockDim.x) mine[c] *= ca[c];
+        __syncthreads();
+    }
+#pragma unroll 4
+    for (int j = warp; j < HIDDEN_D; j += 16) {
+        float sum = 0.f;
+#pragma unroll
+        for (int c = lane; c < C; c += 32) sum += w1[((u64)d * HIDDEN_D + j) * C + c] * mine[c];
+        sum = warp_sum(sum);
+        if (lane == 0) partial[d * HIDDEN_D + j] = sum;
+    }
+}
+
+// da[d, c] = sigmoid(b2 + sum_j W2[j, d, c] hidden[j]), times ca[c] where given; 256 of them a block of threads.
+extern "C" __global__ void __launch_bounds__(256)
+depth(const float* __restrict__ partial, const float* __restrict__ b1, const float* __restrict__ w2,
+      const float* __restrict__ b2, const float* __restrict__ ca, float* __restrict__ da) {
+    __shared__ float hidden[HIDDEN_D];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int j = warp; j < HIDDEN_D; j += 8) {
+        float sum = 0.f;
+        for (int d = lane; d < D; d += 32) sum += partial[d * HIDDEN_D + j];
+        sum = warp_sum(sum);
+        if (lane == 0) hidden[j] = fmaxf(sum + b1[j], 0.f);
+    }
+    __syncthreads();
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= C * D) return;
+    float sum = b2[i];
+#pragma unroll 16
+    for (int j = 0; j < HIDDEN_D; j++) sum += w2[(u64)j * (C * D) + i] * hidden[j];
+    da[i] = sigmoid(sum) * (ca ? ca[i % C] : 1.f);
+}
+
+// Channel attention. Every block of threads computes all of it (C * C / 8 multiply-adds are fewer than another launch
+// costs) and writes its share: `scale` = da ca, or ca alone where `scale` is null. Without `v1` ca is 1; without `da` da is.
+extern "C" __global__ void __launch_bounds__(512)
+channel(const float* __restrict__ m, const float* __restrict__ da, const float* __restrict__ v1,
+        const float* __restrict__ c1, const float* __restrict__ v2, const float* __restrict__ c2, float* __restrict__ ca_out,
+        float* __restrict__ scale) {
+    __shared__ float run[512], z[C], hidden[HIDDEN_C], ca[C];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) ca[c] = 1.f;
+    if (v1) {
+        for (int c0 = 0; c0 < C; c0 += 512) {
+            const int side = C - c0 < 512 ? C - c0 : 512, runs = 512 / side;
+            const int c = threadIdx.x % side, r = threadIdx.x / side;
             float sum = 0.f;
+            if (r < runs) {
+#pragma unroll 8
+                for (int d = r; d < D; d += runs) sum += m[d * C + c0 + c] * (da ? da[d * C + c0 + c] : 1.f);
+            }
+            run[threadIdx.x] = sum;
+            __syncthreads();
+            if (threadIdx.x < side) {
+                for (int i = 1; i < runs; i++) sum += run[i * side + c];
+                z[c0 + c] = sum / (float)D;
+            }
+            __syncthreads();
+        }
+        for (int k = warp; k < HIDDEN_C; k += 16) {
+            float sum = 0.f;
+#pragma unroll 8
             for (int c = lane; c < C; c += 32) sum += v1[k * C + c] * z[c];
             sum = warp_sum(sum);
-            if (lane == 0) hidden_c[k] = fmaxf(sum + c1[k], 0.f);
+            if (lane == 0) hidden[k] = fmaxf(sum + c1[k], 0.f);
         }
         __syncthreads();
         for (int c = threadIdx.x; c < C; c += blockDim.x) {
             float sum = c2[c];
-            for (int k = 0; k < HIDDEN_C; k++) sum += v2[k * C + c] * hidden_c[k];
+#pragma unroll 8
+            for (int k = 0; k < HIDDEN_C; k++) sum += v2[k * C + c] * hidden[k];
             ca[c] = sigmoid(sum);
         }
-        __syncthreads();
-    };
-    for (int c = threadIdx.x; c < C; c += blockDim.x) ca[c] = 1.f;
+    }
     __syncthreads();
-    if (channel && (channel_first || !depth)) channel_attention(nullptr);
-    if (depth) {
-        for (int j = blockIdx.x * warps + warp; j < HIDDEN_D; j += TEAM * warps) {
-            float sum = 0.f;
-            for (int i = lane; i < C * D; i += 32) sum += w1[(u64)j * (C * D) + i] * (__ldcg(m + i) * ca[i / D]);
-            sum = warp_sum(sum);
-            if (lane == 0) hidden[j] = fmaxf(sum + b1[j], 0.f);
-        }
-        team_barrier();
-        for (int i = team_thread; i < C * D; i += team_threads) {
-            float sum = b2[i];
-            for (int j = 0; j < HIDDEN_D; j++) sum += w2[(u64)j * (C * D) + i] * __ldcg(hidden + j);
-            da[i] = sigmoid(sum);
-        }
-        team_barrier();
-        if (channel && !channel_first) channel_attention(da);
+    if (!scale) {
+        if (blockIdx.x == 0)
+            for (int c = threadIdx.x; c < C; c += blockDim.x) ca_out[c] = ca[c];
+        return;
     }
-    for (int i = team_thread; i < C * D; i += team_threads) {
-        const int c = i % C, d = i / C;
-        scale[i] = (depth ? __ldcg(da + c * D + d) : 1.f) * ca[c];
-    }
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < C * D; i += gridDim.x * blockDim.x)
+        scale[i] = (da ? da[i] : 1.f) * ca[i % C];
 }
-#endif
 
-// y = relu(scale[d, c] y + shortcut), eight channels a thread; y and out may be the same.
+// out = relu(scale[d, c] y + shortcut), eight channels a thread. Planes are taken from the last to the first: the
+// convolution that made y ended with the last ones, which the second-level cache still has, and the next one begins with
+// the first ones.
 extern "C" __global__ void __launch_bounds__(256)
 merge(const uint4* __restrict__ y, const float4* __restrict__ scale, const uint4* __restrict__ shortcut, uint4* out) {
-    const u32 d = blockIdx.y;
+    const u32 d = D - 1 - blockIdx.y;
     const u64 plane = (u64)d * AREA * GROUPS;
     const u32 count = AREA * GROUPS;
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {

@@ -10,8 +10,8 @@
 //! stem            input patch -> matrix units                                    layers.cu
 //! block: conv1    + bias, ReLU                                                   conv_sm90.cu or cuDNN
 //!        conv2    + bias, and the sums over rows and columns on the way out      conv_sm90.cu or cuDNN
-//!        attend   both attentions from those sums: a scale for each (d, c)       layers.cu
-//!        shortcut strided blocks only
+//!        means, depth, channel: both attentions from those sums                  layers.cu
+//!        downsample, strided blocks only                                         conv_sm90.cu or cuDNN
 //!        merge    relu(scale * conv2 + shortcut)                                 layers.cu
 //! last merge      the feature map in f32, C, D, H, W; its means
 //! host            the head's logits, softmax
@@ -121,6 +121,14 @@ impl Backend for CudaBackend {
 
     fn instruction_set(&self) -> &'static str {
         self.prepared.arch_name
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.prepared.weight_bytes()
+    }
+
+    fn session_bytes(&self) -> usize {
+        network::session_bytes(&self.prepared.architecture)
     }
 }
 

@@ -12,9 +12,9 @@ use super::conv::{
     block_source, longest_input, longest_output,
 };
 use super::cudnn::Cudnn;
-use super::weights::{Folded, fold, stem_fragments, transposed};
+use super::weights::{Folded, by_hidden, by_plane, fold, stem_fragments, transposed};
 use crate::engine::{DeviceInput, LayerTiming};
-use crate::gpu::{DeviceBuffer, Event, Function, Gpu, GpuError, Graph, Pinned, Source, Stream};
+use crate::gpu::{DeviceBuffer, Event, Function, Gpu, GpuError, Graph, Module, Pinned, Source, Stream};
 use crate::model::architecture::{BLOCKS, STAGES};
 use crate::model::{Architecture, AttentionOrder, Model};
 
@@ -24,19 +24,22 @@ const STEM_ROWS: usize = 8;
 const STEM_THREADS: u32 = 224;
 /// Parts of a plane when its sums are made apart from the convolution.
 const SUM_PARTS: usize = 28;
-/// Blocks that work together on an attention, where the GPU can synchronise them.
-const TEAM: usize = 8;
+/// Blocks of threads that share a block's scales.
+const CHANNEL_BLOCKS: u32 = 16;
 /// Runs of which the median of each step counts.
 const PROFILE_RUNS: usize = 9;
 /// Alignment of parts of one buffer.
 const ALIGN: usize = 256;
 
-/// One block's attention on the GPU; 0 addresses where an attention is absent.
+/// One block's attentions on the GPU.
 struct Attention {
-    buffers: Vec<DeviceBuffer>,
-    /// w1, b1, w2 transposed, b2 of depth; then of channel.
-    pointers: [u64; 8],
-    attend: Function,
+    /// First matrix, its bias, second matrix, its bias; `None` where there is no depth attention.
+    depth: Option<[DeviceBuffer; 4]>,
+    /// The same for channel attention.
+    channel: Option<[DeviceBuffer; 4]>,
+    means: Function,
+    depth_kernel: Function,
+    channel_kernel: Function,
 }
 
 struct Block {
@@ -103,8 +106,9 @@ fn named(architecture: &Architecture) -> Vec<[Option<Named>; 3]> {
     out
 }
 
-fn team(gpu: &Gpu) -> usize {
-    if gpu.compute_capability().0 >= 9 { TEAM } else { 1 }
+/// Hidden widths of depth and channel attention.
+pub(super) fn hidden(channels: usize, dhw: [usize; 3]) -> [usize; 2] {
+    [dhw[0], Architecture::ca_hidden(channels)]
 }
 
 fn stem_source(architecture: &Architecture) -> Source {
@@ -148,7 +152,7 @@ pub(super) fn sources() -> Vec<(&'static str, String, Vec<String>, bool)> {
     });
     for stage in 1..=STAGES {
         let (c, dhw) = (full.stage_channels(stage), full.stage_dhw(stage));
-        add(block_source(c, dhw, Some((1, dhw[0], Architecture::ca_hidden(c)))));
+        add(block_source(c, dhw, hidden(c, dhw)));
     }
     let mut shapes: Vec<Shape> = Vec::new();
     for named in named(&full).iter().flatten().flatten() {
@@ -162,6 +166,13 @@ pub(super) fn sources() -> Vec<(&'static str, String, Vec<String>, bool)> {
         }
     }
     out
+}
+
+/// Bytes of page-locked host memory a session takes: input, feature map, pooled vector. What it takes on the GPU is not
+/// memory of this process.
+pub(super) fn session_bytes(architecture: &Architecture) -> usize {
+    let [c, d, h, w] = architecture.feature_shape_cdhw();
+    (architecture.input_len() + c * d * h * w + c) * 4
 }
 
 /// The buffers that a chooser works on.
@@ -197,6 +208,18 @@ impl Bench {
     }
 }
 
+/// Compiles `sources` side by side: the compiler takes up to a second each, and one core. A kernel that does not compile
+/// shows when it is used.
+fn load_all(gpu: &Arc<Gpu>, mut sources: Vec<Source>) {
+    sources.sort_by(|a, b| (a.name, &a.options).cmp(&(b.name, &b.options)));
+    sources.dedup_by(|a, b| a.name == b.name && a.options == b.options);
+    std::thread::scope(|scope| {
+        for source in &sources {
+            scope.spawn(move || gpu.load(source).map(drop));
+        }
+    });
+}
+
 /// Chooses for every shape that `known` does not have; what was tried comes along.
 fn choose(
     gpu: &Arc<Gpu>,
@@ -218,15 +241,9 @@ fn choose(
     let bench = Bench::new(gpu, &shapes)?;
     let cudnn = open_cudnn(&bench.stream);
     if gpu.compute_capability() == (9, 0) {
-        // The compiler takes a second a kernel and one core each.
-        std::thread::scope(|scope| {
-            for shape in &shapes {
-                for variant in Variant::candidates(shape, gpu.multiprocessors() as usize) {
-                    // A kernel that does not compile shows when it is tried.
-                    scope.spawn(move || gpu.load(&variant.source(shape)).map(drop));
-                }
-            }
-        });
+        let variants = |s: &Shape| Variant::candidates(s, gpu.multiprocessors() as usize);
+        let sources = shapes.iter().flat_map(|s| variants(s).into_iter().map(|v| v.source(s)));
+        load_all(gpu, sources.collect());
     }
     let chooser = Chooser {
         maker: Maker { gpu, cudnn: cudnn.as_ref() },
@@ -260,6 +277,9 @@ fn open_cudnn(stream: &Stream) -> Result<Cudnn, String> {
 impl Prepared {
     pub fn new(gpu: &Arc<Gpu>, model: &Model, keep: bool) -> Result<Self, ConvError> {
         let architecture = model.manifest.architecture.clone();
+        if let Some(dir) = model.dir.as_ref().filter(|_| keep) {
+            gpu.keep_cubins(dir);
+        }
         let stream = Stream::new(gpu)?;
         let (cudnn, cudnn_fault) = match open_cudnn(&stream) {
             Ok(cudnn) => (Some(cudnn), None),
@@ -280,20 +300,20 @@ impl Prepared {
             let choice = choice.expect("every shape of the network was chosen for");
             maker.prepare(&one.shape, &folded, &choice)
         };
-        // The kernels that were chosen, compiled side by side.
-        std::thread::scope(|scope| {
-            for (shape, choice) in &known {
-                if let Choice::Own(variant) = choice {
-                    scope.spawn(move || gpu.load(&variant.source(shape)).map(drop));
-                }
+        let mut sources = vec![stem_source(&architecture)];
+        for (shape, choice) in &known {
+            sources.push(block_source(shape.c_out, shape.output_dhw, hidden(shape.c_out, shape.output_dhw)));
+            if let Choice::Own(variant) = choice {
+                sources.push(variant.source(shape));
             }
-        });
+        }
+        load_all(gpu, sources);
         let mut blocks = Vec::new();
         for (i, [conv1, conv2, shortcut]) in named(&architecture).iter().enumerate() {
             let (Some(conv1), Some(conv2)) = (conv1, conv2) else { unreachable!("every block has two") };
             let name = format!("layer{}.{}", i / BLOCKS + 1, i % BLOCKS);
             let (channels, dhw) = (conv2.shape.c_out, conv2.shape.output_dhw);
-            let source = block_source(channels, dhw, Some((team(gpu), dhw[0], Architecture::ca_hidden(channels))));
+            let source = block_source(channels, dhw, hidden(channels, dhw));
             let module = gpu.load(&source)?;
             blocks.push(Block {
                 channels,
@@ -301,18 +321,14 @@ impl Prepared {
                 conv1: conv(conv1)?,
                 conv2: conv(conv2)?,
                 shortcut: shortcut.as_ref().map(&conv).transpose()?,
-                attention: attention(gpu, model, &name, channels, dhw[0], module.function("attend", 0)?)?,
+                attention: attention(gpu, model, &name, channels, dhw[0], &module)?,
                 merge: module.function("merge", 0)?,
                 plane_sums: module.function("plane_sums", 0)?,
                 name,
             });
         }
         let last = blocks.last().expect("a network has blocks");
-        let module = gpu.load(&block_source(
-            last.channels,
-            last.dhw,
-            Some((team(gpu), last.dhw[0], Architecture::ca_hidden(last.channels))),
-        ))?;
+        let module = gpu.load(&block_source(last.channels, last.dhw, hidden(last.channels, last.dhw)))?;
         let stem: Folded = fold(model, "stem.0", "stem.1");
         let shared = stem_shared(&architecture);
         Ok(Self {
@@ -331,6 +347,12 @@ impl Prepared {
             cudnn_version,
             cudnn_fault,
         })
+    }
+
+    /// Bytes of convolution weights on the GPU.
+    pub fn weight_bytes(&self) -> usize {
+        let convs = self.blocks.iter().flat_map(|b| [Some(&b.conv1), Some(&b.conv2), b.shortcut.as_ref()]);
+        convs.flatten().map(PreparedConv::weight_bytes).sum()
     }
 
     /// What runs, in words.
@@ -356,28 +378,99 @@ fn attention(
     block: &str,
     channels: usize,
     depth: usize,
-    attend: Function,
+    module: &Module,
 ) -> Result<Attention, GpuError> {
-    let mut buffers = Vec::new();
-    let mut pointers = [0; 8];
+    let get = |part: String| model.weights.get(&part);
+    let hold = |values: &[f32]| DeviceBuffer::holding(gpu, values);
     let architecture = &model.manifest.architecture;
-    let kinds = [
-        (architecture.depth_attention, "da", channels * depth, depth),
-        (architecture.channel_attention, "se", channels, Architecture::ca_hidden(channels)),
-    ];
-    for (i, (there, name, ends, hidden)) in kinds.into_iter().enumerate() {
-        if !there {
-            continue;
-        }
-        let get = |part: &str| model.weights.get(&format!("{block}.{name}.fc.{part}"));
-        let back = transposed(get("2.weight"), ends, hidden);
-        for (j, values) in [get("0.weight"), get("0.bias"), &back, get("2.bias")].into_iter().enumerate() {
-            let buffer = DeviceBuffer::holding(gpu, values)?;
-            pointers[4 * i + j] = buffer.ptr();
-            buffers.push(buffer);
+    let by_depth = if architecture.depth_attention {
+        let part = |p: &str| get(format!("{block}.da.fc.{p}"));
+        Some([
+            hold(&by_plane(part("0.weight"), depth, channels, depth))?,
+            hold(part("0.bias"))?,
+            hold(&by_hidden(part("2.weight"), depth, channels, depth))?,
+            hold(&by_hidden(part("2.bias"), 1, channels, depth))?,
+        ])
+    } else {
+        None
+    };
+    let by_channel = if architecture.channel_attention {
+        let part = |p: &str| get(format!("{block}.se.fc.{p}"));
+        Some([
+            hold(part("0.weight"))?,
+            hold(part("0.bias"))?,
+            hold(&transposed(part("2.weight"), channels, Architecture::ca_hidden(channels)))?,
+            hold(part("2.bias"))?,
+        ])
+    } else {
+        None
+    };
+    Ok(Attention {
+        depth: by_depth,
+        channel: by_channel,
+        means: module.function("means", 0)?,
+        depth_kernel: module.function("depth", 0)?,
+        channel_kernel: module.function("channel", 0)?,
+    })
+}
+
+/// Memory that the attentions of all blocks share, device addresses.
+#[derive(Clone, Copy)]
+struct AttentionMemory {
+    sums: u64,
+    m: u64,
+    partial: u64,
+    da: u64,
+    ca: u64,
+    scale: u64,
+}
+
+impl Attention {
+    /// The kernels of one block: name, function, blocks of threads, threads, arguments. What they leave in `scale` is
+    /// what `merge` multiplies by.
+    fn kernels(
+        &self,
+        order: AttentionOrder,
+        channels: usize,
+        depth: usize,
+        parts: usize,
+        memory: AttentionMemory,
+    ) -> Vec<(&'static str, &Function, u32, u32, Vec<Arg>)> {
+        let p = Arg::Pointer;
+        let at = |buffers: &[DeviceBuffer; 4], i: usize| p(buffers[i].ptr());
+        let AttentionMemory { sums, m, partial, da, ca, scale } = memory;
+        let none = p(0);
+        let planes = depth as u32;
+        let cells = (channels * depth).div_ceil(256) as u32;
+        let parts = Arg::Int(parts as i32);
+        let means = |args: Vec<Arg>| ("means", &self.means, planes, 512, args);
+        let by_depth = |args: Vec<Arg>| ("depth", &self.depth_kernel, cells, 256, args);
+        let by_channel = |blocks: u32, args: Vec<Arg>| ("channel", &self.channel_kernel, blocks, 512, args);
+        match (&self.depth, &self.channel) {
+            (Some(d), Some(c)) if order == AttentionOrder::ChannelFirst => vec![
+                means(vec![p(sums), parts, p(m), none, none, none]),
+                by_channel(1, vec![p(m), none, at(c, 0), at(c, 1), at(c, 2), at(c, 3), p(ca), none]),
+                means(vec![none, parts, p(m), p(ca), at(d, 0), p(partial)]),
+                by_depth(vec![p(partial), at(d, 1), at(d, 2), at(d, 3), p(ca), p(scale)]),
+            ],
+            (Some(d), Some(c)) => vec![
+                means(vec![p(sums), parts, p(m), none, at(d, 0), p(partial)]),
+                by_depth(vec![p(partial), at(d, 1), at(d, 2), at(d, 3), none, p(da)]),
+                by_channel(CHANNEL_BLOCKS, vec![p(m), p(da), at(c, 0), at(c, 1), at(c, 2), at(c, 3), none, p(scale)]),
+            ],
+            (Some(d), None) => vec![
+                means(vec![p(sums), parts, p(m), none, at(d, 0), p(partial)]),
+                by_depth(vec![p(partial), at(d, 1), at(d, 2), at(d, 3), none, p(scale)]),
+            ],
+            (None, Some(c)) => vec![
+                means(vec![p(sums), parts, p(m), none, none, none]),
+                by_channel(CHANNEL_BLOCKS, vec![p(m), none, at(c, 0), at(c, 1), at(c, 2), at(c, 3), none, p(scale)]),
+            ],
+            (None, None) => {
+                vec![by_channel(CHANNEL_BLOCKS, vec![none, none, none, none, none, none, none, p(scale)])]
+            }
         }
     }
-    Ok(Attention { buffers, pointers, attend })
 }
 
 /// One step of a run.
@@ -449,8 +542,14 @@ impl Network {
         let shortcut = buffer(longest_shortcut * 2)?;
         let scratch = buffer(scratch_bytes)?;
         let sums = buffer(sums_len * 4)?;
-        // m, hidden, da, scale.
-        let attention = [buffer(most_ends * 4)?, buffer(d * 4)?, buffer(most_ends * 4)?, buffer(most_ends * 4)?];
+        // m, the hidden layer's parts, da, ca, scale.
+        let most_channels = architecture.stage_channels(STAGES);
+        let attention = [most_ends, d * d, most_ends, most_channels, most_ends]
+            .map(|len| buffer(len * 4))
+            .into_iter()
+            .collect::<Result<Vec<_>, _>>()?;
+        let [m, partial, da, ca, scale] = std::array::from_fn(|i| attention[i].ptr());
+        let attention_memory = AttentionMemory { sums: sums.ptr(), m, partial, da, ca, scale };
         let last = prepared.blocks.last().expect("a network has blocks");
         let voxels: usize = last.dhw.iter().product();
         let map = buffer(last.channels * voxels * 4)?;
@@ -508,17 +607,10 @@ impl Network {
                 let args = vec![Arg::Pointer(y), Arg::Pointer(sums.ptr())];
                 steps.push(kernel("sums", &block.plane_sums, [parts as u32, bd as u32, 1], [256, 1, 1], args));
             }
-            let mut args = vec![Arg::Pointer(sums.ptr()), Arg::Int(parts as i32)];
-            args.extend(attention.iter().map(|b| Arg::Pointer(b.ptr())));
-            args.extend(block.attention.pointers.iter().map(|p| Arg::Pointer(*p)));
-            args.extend([
-                Arg::Int(i32::from(architecture.depth_attention)),
-                Arg::Int(i32::from(architecture.channel_attention)),
-                Arg::Int(i32::from(order == AttentionOrder::ChannelFirst)),
-            ]);
-            debug_assert!(block.attention.buffers.len() <= 8, "four tensors an attention");
-            let grid = [team(gpu) as u32, 1, 1];
-            steps.push(kernel("attention", &block.attention.attend, grid, [512, 1, 1], args));
+            let attended = block.attention.kernels(order, block.channels, bd, parts, attention_memory);
+            for (part, function, blocks, threads, args) in attended {
+                steps.push(kernel(part, function, [blocks, 1, 1], [threads, 1, 1], args));
+            }
             let from = match &block.shortcut {
                 Some(prepared) => {
                     steps.push(conv("downsample", prepared, false, Places { x, y: shortcut.ptr(), ..plain })?);
@@ -526,7 +618,6 @@ impl Network {
                 }
                 None => x,
             };
-            let scale = attention[3].ptr();
             if index + 1 == prepared.blocks.len() {
                 let args = vec![Arg::Pointer(y), Arg::Pointer(scale), Arg::Pointer(from), Arg::Pointer(map.ptr())];
                 let grid = [voxels.div_ceil(32) as u32, block.channels.div_ceil(32) as u32, 1];

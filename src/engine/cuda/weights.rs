@@ -108,6 +108,30 @@ pub(super) fn stem_fragments(folded: &Folded) -> Vec<f16> {
     out
 }
 
+/// Depth attention's first matrix, `hidden` x (C, D), as D x `hidden` x C.
+pub(super) fn by_plane(matrix: &[f32], hidden: usize, channels: usize, depth: usize) -> Vec<f32> {
+    assert_eq!(matrix.len(), hidden * channels * depth, "matrix length");
+    let mut out = Vec::with_capacity(matrix.len());
+    for d in 0..depth {
+        for j in 0..hidden {
+            out.extend((0..channels).map(|c| matrix[(j * channels + c) * depth + d]));
+        }
+    }
+    out
+}
+
+/// Depth attention's second matrix, (C, D) x `hidden`, as `hidden` x D x C; its bias is the matrix of one column.
+pub(super) fn by_hidden(matrix: &[f32], hidden: usize, channels: usize, depth: usize) -> Vec<f32> {
+    assert_eq!(matrix.len(), hidden * channels * depth, "matrix length");
+    let mut out = Vec::with_capacity(matrix.len());
+    for j in 0..hidden {
+        for d in 0..depth {
+            out.extend((0..channels).map(|c| matrix[(c * depth + d) * hidden + j]));
+        }
+    }
+    out
+}
+
 /// A row-major `rows` x `columns` matrix, transposed.
 pub(super) fn transposed(matrix: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     assert_eq!(matrix.len(), rows * columns, "matrix length");
@@ -176,6 +200,17 @@ mod tests {
         let at = ((4 * 2 + 1) * 32 + 13) * 4;
         assert_eq!(out[at], folded.weights[7 * 147 + 8 * 7 + 2]);
         assert_eq!(out[at + 3], folded.weights[7 * 147 + 9 * 7 + 3]);
+    }
+
+    #[test]
+    fn attention_matrices_keep_their_values_at_their_places() {
+        let (hidden, channels, depth) = (2, 3, 4);
+        let matrix: Vec<f32> = (0..hidden * channels * depth).map(|i| i as f32).collect();
+        let (j, c, d) = (1, 2, 3);
+        let first = by_plane(&matrix, hidden, channels, depth);
+        assert_eq!(first[(d * hidden + j) * channels + c], matrix[(j * channels + c) * depth + d]);
+        let second = by_hidden(&matrix, hidden, channels, depth);
+        assert_eq!(second[(j * depth + d) * channels + c], matrix[(c * depth + d) * hidden + j]);
     }
 
     #[test]
