@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::Model;
 
 pub mod cpu;
+pub mod cuda;
 pub mod priority;
 pub mod reference;
 

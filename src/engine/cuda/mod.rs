@@ -1,0 +1,3 @@
+//! The `cuda` backend.
+
+pub mod cudnn;
