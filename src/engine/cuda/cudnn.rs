@@ -62,7 +62,7 @@ pub enum BiasType {
     /// Half precision; the type for which the fused engines exist.
     #[default]
     F16,
-    /// Single precision. cuDNN 9.19 has no heuristics for a fused graph with it on compute capability 9.0.
+    /// Single precision. cuDNN 9.19 has no precompiled fused engine for it: plans need NVRTC or compute less of the graph.
     F32,
 }
 
@@ -783,7 +783,7 @@ impl Candidate {
         ];
         let (mut uids, mut addresses) = (Vec::with_capacity(5), Vec::with_capacity(5));
         let check = |operand, address: u64| {
-            if address == 0 || address % ALIGNMENT != 0 {
+            if address == 0 || !address.is_multiple_of(ALIGNMENT) {
                 return Err(CudnnError::Pointer { operand, got: address, expected: "a multiple of 16, not null" });
             }
             Ok(())

@@ -288,6 +288,12 @@ fn fill(operand: (u64, f64), count: usize) -> Vec<f16> {
     (0..count).map(|i| value(operand.0, i, operand.1)).collect()
 }
 
+/// Element `i` of x, w, bias and residual.
+#[cfg(test)]
+pub(super) fn operands(spec: &ConvSpec) -> [impl Fn(usize) -> f64 + use<>; 4] {
+    [X, (2, weight_scale(spec)), BIAS, RESIDUAL].map(|(operand, scale)| move |i| value(operand, i, scale).to_f64())
+}
+
 /// What output element `index` (order D, H, W, K) should be, in f64 from the rounded operands.
 pub(super) fn reference(spec: &ConvSpec, fusion: Fusion, index: usize) -> f64 {
     let [_, q, o] = spec.output_dhw();
