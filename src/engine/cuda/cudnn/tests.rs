@@ -220,6 +220,24 @@ fn a_plan_that_the_device_does_not_have_is_an_error() {
 }
 
 #[test]
+fn neighbours_differ_in_one_knob_and_lead_beyond_the_heuristics() {
+    let library = library();
+    let target = H200.target(&library);
+    let (_, _, layer1) = &CASES[2];
+    let plans = everything(&target, layer1, Fusion::Full);
+    let known: HashSet<&str> = plans.iter().map(Candidate::name).collect();
+    let from = PlanName::parse(plans[0].name()).expect("a name");
+    let neighbours = neighbouring_plans(&target, layer1, plans[0].name(), usize::MAX).expect("neighbours");
+    for plan in &neighbours {
+        let name = PlanName::parse(plan.name()).expect("a name");
+        assert_eq!((name.fusion, name.engine), (from.fusion, from.engine));
+        assert_eq!(name.knobs.iter().zip(&from.knobs).filter(|(a, b)| a != b).count(), 1, "{plan:?}");
+    }
+    assert!(neighbours.iter().any(|plan| !known.contains(plan.name())), "{neighbours:?}");
+    println!("{} neighbours: {neighbours:?}", neighbours.len());
+}
+
+#[test]
 fn a_workspace_limit_is_kept_and_no_plan_at_all_is_an_error() {
     let library = library();
     let target = H200.target(&library);
