@@ -26,7 +26,7 @@ use cudarc::cudnn::sys;
 #[derive(Debug, thiserror::Error)]
 pub enum CudnnError {
     /// The library, or one that it needs, is not there.
-    #[error("open {library}: {detail}; install cuDNN 9 and cuBLAS or add their folders to LD_LIBRARY_PATH")]
+    #[error("open {library}: {detail}; install it, or add its folder to LD_LIBRARY_PATH")]
     LibraryAbsent {
         /// File name or path tried.
         library: String,
@@ -164,10 +164,12 @@ pub(super) fn open_for_good(path: &Path) -> Result<ManuallyDrop<libloading::Libr
     // SAFETY: loading runs the library's initialisers. The names that come here are NVIDIA's libraries, or what the
     // operator put in their place.
     let opened = unsafe { libloading::Library::new(path) };
-    opened.map(ManuallyDrop::new).map_err(|e| CudnnError::LibraryAbsent {
-        library: path.display().to_string(),
-        // The error's own display leaves out what the loader said.
-        detail: std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string),
+    opened.map(ManuallyDrop::new).map_err(|e| {
+        let library = path.display().to_string();
+        // The error's own display leaves out what the loader said, and that begins with the name.
+        let said = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
+        let detail = said.strip_prefix(&format!("{library}: ")).unwrap_or(&said).to_owned();
+        CudnnError::LibraryAbsent { library, detail }
     })
 }
 
