@@ -6,10 +6,10 @@
 
 The input is a safetensors file with `volume`, f32 in [0, 1], D x H x W; without one, the generator's volume.
 
-Every way has batch normalisation folded into the convolutions and both attentions taken from one reading of the feature
-map: with m the mean over rows and columns, the depth gate is f(m) and the channel gate g of the mean over depth of
-m * f(m), so that gates, shortcut and ReLU are two more passes instead of six. Outputs are logits, softmax, pooled vector
-and last feature map.
+Every way has batch normalisation folded into the convolutions and both attentions taken from one reading of the
+feature map: with m the mean over rows and columns, the depth gate is f(m) and the channel gate g of the mean over depth
+of m * f(m), so that gates, shortcut and ReLU are two more passes instead of six. Outputs are logits, softmax, pooled
+vector and last feature map.
 
     eager           channels last, cudnn.benchmark over all plans
     graph           the same under a CUDA graph
@@ -18,9 +18,10 @@ and last feature map.
     autotune-graph  torch.compile, max-autotune-no-cudagraphs, channels last, under a CUDA graph of ours
     reduce-overhead torch.compile in that mode, channels last
 
-What compiles runs in a process of its own and is ended when its time is over. Timed with CUDA events around each run, input
-and outputs on the device. On stdout one line of JSON; with --serve that line, then for each line "run N" on stdin one line
-with the times of N more runs of the fastest way. Needs PyTorch 2.11 and Python 3.11 or later, numpy, safetensors.
+What compiles runs in a process of its own and is ended when its time is over. Timed with CUDA events around each run,
+input and outputs on the device. On stdout one line of JSON; with --serve that line, then for each line "run N" on stdin
+one line with the times of N more runs of the fastest way. Needs PyTorch 2.11 and Python 3.11 or later, numpy,
+safetensors.
 """
 
 import argparse
@@ -282,7 +283,7 @@ def serve(way, name):
 
 
 def check():
-    """Every golden case but the full-size one: logits and pooled vector as PyTorch's module by module network has them."""
+    """Every golden case but the full-size one: logits and pooled vector as the plain PyTorch network has them."""
     generator = goldens()
     torch.manual_seed(0)
     cases = json.loads((ROOT / "tests/golden/network/golden.json").read_text())["cases"]

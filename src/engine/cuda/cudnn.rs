@@ -1,8 +1,8 @@
 //! Three-dimensional convolutions on cuDNN's graph API: channels-last half precision, single-precision sums.
 //!
 //! Input: a [`ConvSpec`] and device pointers. Output: [`Candidate`]s, the execution plans that cuDNN has for
-//! `y = relu?(conv(x, w) + residual? + bias)` as one fused graph, and [`Bound`], one of them with its pointers, ready to
-//! be launched or captured.
+//! `y = relu?(conv(x, w) + residual? + bias)` as one fused graph, and [`Bound`], one of them with its pointers, ready
+//! to be launched or captured.
 //!
 //! ```text
 //! x [D, H, W, C] f16 ──┐
@@ -43,7 +43,7 @@ mod survey;
 mod tests;
 
 pub use library::{CudnnError, Library};
-pub use survey::{CASES, SurveyRow, survey, survey_with, table};
+pub use survey::{CASES, SurveyRow, TOLERANCE, survey, survey_with, table};
 
 /// Bytes to which every tensor's address is aligned, which cuDNN's vector loads need.
 pub const ALIGNMENT: u64 = 16;
@@ -64,7 +64,8 @@ pub enum BiasType {
     /// Half precision; the type for which the fused engines exist.
     #[default]
     F16,
-    /// Single precision. cuDNN 9.19 has no precompiled fused engine for it: plans need NVRTC or compute less of the graph.
+    /// Single precision. cuDNN 9.19 has no precompiled fused engine for it: plans need NVRTC or compute less of the
+    /// graph.
     F32,
 }
 
@@ -247,16 +248,16 @@ impl Cudnn {
     /// No driver, no device, not enough memory.
     ///
     /// # Safety
-    /// `stream` is null or a live stream of the device's primary context, current on this thread, and stays so as long as
-    /// the `Cudnn` and what is made with it are used.
+    /// `stream` is null or a live stream of the device's primary context, current on this thread, and stays so as long
+    /// as the `Cudnn` and what is made with it are used.
     pub unsafe fn open_with(library: &Arc<Library>, stream: CUstream) -> Result<Self, CudnnError> {
         let mut raw: sys::cudnnHandle_t = std::ptr::null_mut();
         // SAFETY: without a device this is an error; the pointer is written only on success.
         let status = unsafe { (library.functions.cudnnCreate)(&raw mut raw) };
         library.check(status, || "create a cuDNN handle".to_owned())?;
         let handle = Arc::new(Handle { raw, library: Arc::clone(library) });
-        // SAFETY: the handle was just made; the stream is the caller's promise. The driver's and the runtime's stream are
-        // the same type.
+        // SAFETY: the handle was just made; the stream is the caller's promise. The driver's and the runtime's stream
+        // are the same type.
         let status = unsafe { (library.functions.cudnnSetStream)(raw, stream.cast()) };
         library.check(status, || "set the stream of a cuDNN handle".to_owned())?;
         Ok(Self { handle, one_thread_at_a_time: PhantomData })
@@ -333,7 +334,8 @@ fn no_engine(spec: &ConvSpec, workspace_limit: usize, last: Option<CudnnError>) 
 enum Target<'a> {
     /// That of a handle.
     Handle(&'a Arc<Handle>),
-    /// One that is only described (`CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR`, from 9.8 on): for tests on machines without one.
+    /// One that is only described (`CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR`, from 9.8 on): for tests on machines without
+    /// one.
     #[cfg(test)]
     Described(Descriptor),
 }
@@ -835,8 +837,8 @@ impl Candidate {
     /// An address that is used and is null or misaligned.
     ///
     /// # Safety
-    /// Each address that is used points to memory of the handle's device of the size and order that [`Pointers`] states,
-    /// and stays so as long as the [`Bound`], and any CUDA graph that captured it, is executed.
+    /// Each address that is used points to memory of the handle's device of the size and order that [`Pointers`]
+    /// states, and stays so as long as the [`Bound`], and any CUDA graph that captured it, is executed.
     pub unsafe fn bind(&self, pointers: &Pointers) -> Result<Bound, CudnnError> {
         let parts = self.fusion.parts(&self.spec);
         let Pointers { x, w, bias, residual, y, workspace } = *pointers;
@@ -893,8 +895,8 @@ pub struct Bound {
 
 impl Bound {
     /// Puts the convolution on the handle's stream, or into the graph that is being captured from it. Does not wait and
-    /// does not allocate. The handle's context is current on this thread. Execute a plan once before it is captured: the
-    /// first run may load code, which a capture does not allow.
+    /// does not allocate. The handle's context is current on this thread. Execute a plan once before it is captured:
+    /// the first run may load code, which a capture does not allow.
     ///
     /// # Errors
     /// Another handle than the plan's, or a launch that fails.

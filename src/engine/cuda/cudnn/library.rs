@@ -2,12 +2,12 @@
 //!
 //! Input: nothing, or the folder of the library. Output: [`Library`], and for the rest of the module `Descriptor`.
 //!
-//! `libcudnn_graph` is opened, not `libcudnn`: the latter is a shim that opens the former at the first call and ends the
-//! process where it cannot. Every function is looked up before the first call, so that a library that lacks one is an
-//! error; `cudarc`'s own loader looks up late and panics. cuBLASLt is opened too, because cuDNN asks it for its version
-//! while it plans and ends the process where it is not there. Other parts that are missing (heuristics, engines, NVRTC) cost
-//! plans, or are a status. From `cudarc` come types and constants. Statuses, knobs and
-//! notes stay integers, since a later cuDNN may answer with one that no `enum` of ours has.
+//! `libcudnn_graph` is opened, not `libcudnn`: the latter is a shim that opens the former at the first call and ends
+//! the process where it cannot. Every function is looked up before the first call, so that a library that lacks one is
+//! an error; `cudarc`'s own loader looks up late and panics. cuBLASLt is opened too, because cuDNN asks it for its
+//! version while it plans and ends the process where it is not there. Other parts that are missing (heuristics,
+//! engines, NVRTC) cost plans, or are a status. From `cudarc` come types and constants. Statuses, knobs and notes stay
+//! integers, since a later cuDNN may answer with one that no `enum` of ours has.
 //!
 //! Invariants: a library is never closed, for cuDNN keeps threads and exit handlers. A descriptor is destroyed once, by
 //! its owner.
@@ -184,8 +184,8 @@ fn place(path: &Path) -> PathBuf {
     mapped.into_iter().find(|file| file.file_name() == path.file_name()).map(parent).unwrap_or_default()
 }
 
-/// Opens the cuBLASLt of this CUDA major version, where the loader looks or where cuDNN in `folder` would: beside it, or
-/// where PyPI's packages lie. When cuDNN opens it by its name it then gets the one that is open.
+/// Opens the cuBLASLt of this CUDA major version, where the loader looks or where cuDNN in `folder` would: beside it,
+/// or where PyPI's packages lie. When cuDNN opens it by its name it then gets the one that is open.
 pub(super) fn open_cublaslt(folder: &Path, cuda_major: usize) -> Result<(), CudnnError> {
     let file = format!("libcublasLt.so.{cuda_major}");
     let mut result = open_for_good(Path::new(&file));

@@ -1,13 +1,13 @@
 //! Times every plan of every convolution of DARNet at full size, and checks what it computes.
 //!
-//! Input: a device and a number of seconds. Output: a row a plan: time, rate, workspace, and the largest error at sampled
-//! outputs against sums in f64 on the processor.
+//! Input: a device and a number of seconds. Output: a row a plan: time, rate, workspace, and the largest error at
+//! sampled outputs against sums in f64 on the processor.
 //!
-//! A plan is captured into a CUDA graph several times in a row and the graph is timed with events, so that launches cost
-//! what they cost in use and capture is shown to work. Inputs are pseudo-random and the same in every run.
+//! A plan is captured into a CUDA graph several times in a row and the graph is timed with events, so that launches
+//! cost what they cost in use and capture is shown to work. Inputs are pseudo-random and the same in every run.
 //!
-//! Invariants: all device memory is taken before the first plan; a plan that fails is a row with its fault. The driver is
-//! reached through functions that are looked up before the first call.
+//! Invariants: all device memory is taken before the first plan; a plan that fails is a row with its fault. The driver
+//! is reached through functions that are looked up before the first call.
 //!
 //! Deliberately absent: the choice of a plan.
 
@@ -38,8 +38,8 @@ const TIMINGS: usize = 5;
 const CLIMB: f64 = 0.995;
 /// Outputs compared with the processor's.
 const SAMPLES: usize = 64;
-/// Largest |y - reference| / max(1, |reference|) of a right plan: half-precision output rounds by 2^-11, and sums of up to
-/// 13824 products in f32 add less than 2^-12 of it at the magnitudes used.
+/// Largest |y - reference| / max(1, |reference|) of a right plan: half-precision output rounds by 2^-11, and sums of up
+/// to 13824 products in f32 add less than 2^-12 of it at the magnitudes used.
 pub const TOLERANCE: f64 = 2e-3;
 
 const fn conv(c: [usize; 2], input_dhw: [usize; 3], kernel: usize, stride: usize, relu: bool) -> ConvSpec {
@@ -161,9 +161,9 @@ fn done(status: u32, operation: &'static str) -> Result<(), CudnnError> {
 /// Calls a function of the driver and turns its status into a result.
 macro_rules! call {
     ($driver:expr, $name:ident($($arg:expr),*)) => {
-        // SAFETY: the context was made current by `Bench::open` on this thread; addresses, streams, graphs and events are
-        // live ones of this file's owners; where an address of ours is passed, it is of a live variable or slice of the
-        // length given.
+        // SAFETY: the context was made current by `Bench::open` on this thread; addresses, streams, graphs and events
+        // are live ones of this file's owners; where an address of ours is passed, it is of a live variable or slice of
+        // the length given.
         done(unsafe { ($driver.$name)($($arg),*) }, stringify!($name))
     };
 }
@@ -374,8 +374,8 @@ pub fn survey_with(
     bench.upload(x, &fill(X, xs))?;
     bench.upload(bias, &fill(BIAS, channels))?;
     bench.upload(residual, &fill(RESIDUAL, ys))?;
-    // SAFETY: the stream lives in `bench`, which is dropped after `cudnn` and all plans; its context is the primary one,
-    // current on this thread.
+    // SAFETY: the stream lives in `bench`, which is dropped after `cudnn` and all plans; its context is the primary
+    // one, current on this thread.
     let cudnn = unsafe { Cudnn::open_with(library, bench.stream) }?;
     let pointers = Pointers { x, w, bias, residual, y, workspace };
     let mut rows = Vec::new();
@@ -403,8 +403,8 @@ pub fn survey_with(
     Ok(rows)
 }
 
-/// The rows of one convolution: the plans of the heuristics, then plans one knob away from the fastest so far, as long as
-/// that finds faster ones and `end` is not reached.
+/// The rows of one convolution: the plans of the heuristics, then plans one knob away from the fastest so far, as long
+/// as that finds faster ones and `end` is not reached.
 fn survey_case(
     bench: &Bench,
     cudnn: &Cudnn,

@@ -38,8 +38,8 @@ fn library() -> Arc<Library> {
 }
 
 /// While it plans, cuDNN asks cuBLASLt for its version and for a handle, and nothing else where it gets none, which it
-/// does not without a device. The real one is half a gigabyte, so where it is not there a library with these two functions
-/// stands in for it; whatever runs on a device needs the real one.
+/// does not without a device. The real one is half a gigabyte, so where it is not there a library with these two
+/// functions stands in for it; whatever runs on a device needs the real one.
 fn stand_in_for_cublaslt(file: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let source = folder.path().join("version.c");
