@@ -99,7 +99,7 @@ impl Shape {
             padding_dhw: [self.kernel / 2; 3],
             relu,
             residual: false,
-            bias: BiasType::F32,
+            bias: BiasType::F16,
         }
     }
 }
@@ -338,7 +338,14 @@ impl Maker<'_> {
 
     /// Puts `folded` on the GPU for `choice`.
     pub fn prepare(&self, shape: &Shape, folded: &Folded, choice: &Choice) -> Result<Prepared, ConvError> {
-        let bias = Arc::new(DeviceBuffer::holding(self.gpu, &folded.bias)?);
+        // cuDNN has more plans for a bias in f16.
+        let bias = match choice {
+            Choice::Own(_) => DeviceBuffer::holding(self.gpu, &folded.bias)?,
+            Choice::Cudnn(_) => {
+                let rounded: Vec<f16> = folded.bias.iter().map(|b| f16::from_f32(*b)).collect();
+                DeviceBuffer::holding(self.gpu, &rounded)?
+            }
+        };
         let (weights, own) = match choice {
             Choice::Own(variant) => {
                 let weights = swizzled(folded, 64 * variant.mb(), shape.stride);
@@ -346,7 +353,7 @@ impl Maker<'_> {
             }
             Choice::Cudnn(_) => (DeviceBuffer::holding(self.gpu, &folded.weights)?, None),
         };
-        Ok(Prepared { shape: *shape, choice: choice.clone(), weights: Arc::new(weights), bias, own })
+        Ok(Prepared { shape: *shape, choice: choice.clone(), weights: Arc::new(weights), bias: Arc::new(bias), own })
     }
 }
 
@@ -584,7 +591,8 @@ impl Chooser<'_> {
         if let Some(cudnn) = self.maker.cudnn {
             match cudnn.candidates(&shape.spec(true), WORKSPACE_LIMIT) {
                 Ok(plans) => {
-                    let names = plans.iter().take(MAX_PLANS).map(|p| Choice::Cudnn(p.name().to_owned()));
+                    let right = plans.iter().filter(|p| p.is_deterministic());
+                    let names = right.take(MAX_PLANS).map(|p| Choice::Cudnn(p.name().to_owned()));
                     candidates.extend(names);
                 }
                 Err(error) => trials.push(Trial {

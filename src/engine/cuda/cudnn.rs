@@ -1,8 +1,8 @@
 //! Three-dimensional convolutions on cuDNN's graph API: channels-last half precision, single-precision sums.
 //!
 //! Input: a [`ConvSpec`] and device pointers. Output: [`Candidate`]s, the execution plans that cuDNN has for
-//! `y = relu?(conv(x, w) + residual? + bias)` as one fused graph, and [`Bound`], one of them with its pointers, ready to
-//! be launched or captured.
+//! `y = relu?(conv(x, w) + residual? + bias)` as one fused graph, and [`Bound`], one of them with its pointers, ready
+//! to be launched or captured.
 //!
 //! ```text
 //! x [D, H, W, C] f16 ──┐
@@ -43,7 +43,7 @@ mod survey;
 mod tests;
 
 pub use library::{CudnnError, Library};
-pub use survey::{CASES, SurveyRow, survey, survey_with, table};
+pub use survey::{CASES, SurveyRow, TOLERANCE, survey, survey_with, table};
 
 /// Bytes to which every tensor's address is aligned, which cuDNN's vector loads need.
 pub const ALIGNMENT: u64 = 16;
@@ -51,6 +51,8 @@ pub const ALIGNMENT: u64 = 16;
 const MAX_CONFIGURATIONS: usize = 128;
 /// Most knobs of an engine; cuDNN has 44 kinds.
 const MAX_KNOBS: usize = 64;
+/// Most values of one knob that are tried; tile sizes, the longest list in cuDNN 9.19, have 21.
+const MAX_KNOB_VALUES: i64 = 64;
 /// Most notes of an engine; cuDNN has 10 numerical ones and 5 on behaviour.
 const MAX_NOTES: usize = 32;
 /// Most elements of a tensor: engines index with 32 bits.
@@ -62,7 +64,8 @@ pub enum BiasType {
     /// Half precision; the type for which the fused engines exist.
     #[default]
     F16,
-    /// Single precision. cuDNN 9.19 has no heuristics for a fused graph with it on compute capability 9.0.
+    /// Single precision. cuDNN 9.19 has no precompiled fused engine for it: plans need NVRTC or compute less of the
+    /// graph.
     F32,
 }
 
@@ -245,16 +248,16 @@ impl Cudnn {
     /// No driver, no device, not enough memory.
     ///
     /// # Safety
-    /// `stream` is null or a live stream of the device's primary context, current on this thread, and stays so as long as
-    /// the `Cudnn` and what is made with it are used.
+    /// `stream` is null or a live stream of the device's primary context, current on this thread, and stays so as long
+    /// as the `Cudnn` and what is made with it are used.
     pub unsafe fn open_with(library: &Arc<Library>, stream: CUstream) -> Result<Self, CudnnError> {
         let mut raw: sys::cudnnHandle_t = std::ptr::null_mut();
         // SAFETY: without a device this is an error; the pointer is written only on success.
         let status = unsafe { (library.functions.cudnnCreate)(&raw mut raw) };
         library.check(status, || "create a cuDNN handle".to_owned())?;
         let handle = Arc::new(Handle { raw, library: Arc::clone(library) });
-        // SAFETY: the handle was just made; the stream is the caller's promise. The driver's and the runtime's stream are
-        // the same type.
+        // SAFETY: the handle was just made; the stream is the caller's promise. The driver's and the runtime's stream
+        // are the same type.
         let status = unsafe { (library.functions.cudnnSetStream)(raw, stream.cast()) };
         library.check(status, || "set the stream of a cuDNN handle".to_owned())?;
         Ok(Self { handle, one_thread_at_a_time: PhantomData })
@@ -305,6 +308,15 @@ impl Cudnn {
     pub fn plan(&self, spec: &ConvSpec, name: &str) -> Result<Candidate, CudnnError> {
         named_plan(&Target::Handle(&self.handle), spec, name)
     }
+
+    /// The plans that differ from `of` in one knob and need at most `workspace_limit` bytes of workspace: for a search
+    /// that goes on where the heuristics end.
+    ///
+    /// # Errors
+    /// An engine that this version or device does not have.
+    pub fn neighbours(&self, of: &Candidate, workspace_limit: usize) -> Result<Vec<Candidate>, CudnnError> {
+        neighbouring_plans(&Target::Handle(&self.handle), &of.spec, &of.name, workspace_limit)
+    }
 }
 
 impl fmt::Debug for Cudnn {
@@ -322,7 +334,8 @@ fn no_engine(spec: &ConvSpec, workspace_limit: usize, last: Option<CudnnError>) 
 enum Target<'a> {
     /// That of a handle.
     Handle(&'a Arc<Handle>),
-    /// One that is only described (`CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR`, from 9.8 on): for tests on machines without one.
+    /// One that is only described (`CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR`, from 9.8 on): for tests on machines without
+    /// one.
     #[cfg(test)]
     Described(Descriptor),
 }
@@ -596,15 +609,29 @@ fn find_plans(
 
 fn named_plan(target: &Target<'_>, spec: &ConvSpec, name: &str) -> Result<Candidate, CudnnError> {
     let name = PlanName::parse(name).ok_or_else(|| CudnnError::PlanName(name.to_owned()))?;
-    let library = target.library();
-    let graph = graph(target, spec, name.fusion)?;
-    let mut engine = Descriptor::new(library, kind!(CUDNN_BACKEND_ENGINE_DESCRIPTOR))?;
-    engine.refer(attribute!(CUDNN_ATTR_ENGINE_OPERATION_GRAPH), &[&graph])?;
-    engine.set(attribute!(CUDNN_ATTR_ENGINE_GLOBAL_INDEX), &[name.engine])?;
+    let engine = engine(target, &graph(target, spec, name.fusion)?, name.engine)?;
+    turned_plan(target, spec, &name, &engine)
+}
+
+/// The engine of this index for a graph.
+fn engine(target: &Target<'_>, graph: &Descriptor, index: i64) -> Result<Descriptor, CudnnError> {
+    let mut engine = Descriptor::new(target.library(), kind!(CUDNN_BACKEND_ENGINE_DESCRIPTOR))?;
+    engine.refer(attribute!(CUDNN_ATTR_ENGINE_OPERATION_GRAPH), &[graph])?;
+    engine.set(attribute!(CUDNN_ATTR_ENGINE_GLOBAL_INDEX), &[index])?;
     // CUDNN_ATTR_ENGINE_DEVICEPROP, which cudarc does not list.
     let device = Named { value: 1307, name: "CUDNN_ATTR_ENGINE_DEVICEPROP" };
     target.tell(&mut engine, None, Some(device))?;
-    let engine = engine.finalize()?;
+    engine.finalize()
+}
+
+/// The plan of an engine with the knobs that `name` states.
+fn turned_plan(
+    target: &Target<'_>,
+    spec: &ConvSpec,
+    name: &PlanName,
+    engine: &Descriptor,
+) -> Result<Candidate, CudnnError> {
+    let library = target.library();
     let mut choices = Vec::with_capacity(name.knobs.len());
     for (knob, value) in &name.knobs {
         let mut choice = Descriptor::new(library, kind!(CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR))?;
@@ -614,12 +641,53 @@ fn named_plan(target: &Target<'_>, spec: &ConvSpec, name: &str) -> Result<Candid
         choices.push(choice.finalize()?);
     }
     let mut configuration = Descriptor::new(library, kind!(CUDNN_BACKEND_ENGINECFG_DESCRIPTOR))?;
-    configuration.refer(attribute!(CUDNN_ATTR_ENGINECFG_ENGINE), &[&engine])?;
+    configuration.refer(attribute!(CUDNN_ATTR_ENGINECFG_ENGINE), &[engine])?;
     if !choices.is_empty() {
         let choices: Vec<&Descriptor> = choices.iter().collect();
         configuration.refer(attribute!(CUDNN_ATTR_ENGINECFG_KNOB_CHOICES), &choices)?;
     }
-    build(target, spec, &name, &engine, &configuration.finalize()?)
+    build(target, spec, name, engine, &configuration.finalize()?)
+}
+
+fn neighbouring_plans(
+    target: &Target<'_>,
+    spec: &ConvSpec,
+    of: &str,
+    workspace_limit: usize,
+) -> Result<Vec<Candidate>, CudnnError> {
+    let of = PlanName::parse(of).ok_or_else(|| CudnnError::PlanName(of.to_owned()))?;
+    let engine = engine(target, &graph(target, spec, of.fusion)?, of.engine)?;
+    let knobs = engine.referred(
+        attribute!(CUDNN_ATTR_ENGINE_KNOB_INFO),
+        kind!(CUDNN_BACKEND_KNOB_INFO_DESCRIPTOR),
+        MAX_KNOBS,
+    )?;
+    let mut found = Vec::new();
+    for info in knobs {
+        let kind: KnobType = info.get_one(attribute!(CUDNN_ATTR_KNOB_INFO_TYPE))?;
+        let least: i64 = info.get_one(attribute!(CUDNN_ATTR_KNOB_INFO_MINIMUM_VALUE))?;
+        let most: i64 = info.get_one(attribute!(CUDNN_ATTR_KNOB_INFO_MAXIMUM_VALUE))?;
+        let step: i64 = info.get_one(attribute!(CUDNN_ATTR_KNOB_INFO_STRIDE))?;
+        let Some(at) = of.knobs.iter().position(|(knob, _)| *knob == kind.0) else { continue };
+        for i in 0..MAX_KNOB_VALUES {
+            let Some(value) = step.max(1).checked_mul(i).and_then(|d| least.checked_add(d)) else { break };
+            if value > most {
+                break;
+            }
+            let mut name = of.clone();
+            name.knobs[at].1 = value;
+            if name == of {
+                continue;
+            }
+            // Most combinations are refused.
+            if let Ok(plan) = turned_plan(target, spec, &name, &engine)
+                && plan.workspace <= workspace_limit
+            {
+                found.push(plan);
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// What makes a plan.
@@ -769,8 +837,8 @@ impl Candidate {
     /// An address that is used and is null or misaligned.
     ///
     /// # Safety
-    /// Each address that is used points to memory of the handle's device of the size and order that [`Pointers`] states,
-    /// and stays so as long as the [`Bound`], and any CUDA graph that captured it, is executed.
+    /// Each address that is used points to memory of the handle's device of the size and order that [`Pointers`]
+    /// states, and stays so as long as the [`Bound`], and any CUDA graph that captured it, is executed.
     pub unsafe fn bind(&self, pointers: &Pointers) -> Result<Bound, CudnnError> {
         let parts = self.fusion.parts(&self.spec);
         let Pointers { x, w, bias, residual, y, workspace } = *pointers;
@@ -783,7 +851,7 @@ impl Candidate {
         ];
         let (mut uids, mut addresses) = (Vec::with_capacity(5), Vec::with_capacity(5));
         let check = |operand, address: u64| {
-            if address == 0 || address % ALIGNMENT != 0 {
+            if address == 0 || !address.is_multiple_of(ALIGNMENT) {
                 return Err(CudnnError::Pointer { operand, got: address, expected: "a multiple of 16, not null" });
             }
             Ok(())
@@ -827,7 +895,8 @@ pub struct Bound {
 
 impl Bound {
     /// Puts the convolution on the handle's stream, or into the graph that is being captured from it. Does not wait and
-    /// does not allocate. The handle's context is current on this thread.
+    /// does not allocate. The handle's context is current on this thread. Execute a plan once before it is captured:
+    /// the first run may load code, which a capture does not allow.
     ///
     /// # Errors
     /// Another handle than the plan's, or a launch that fails.

@@ -2,10 +2,12 @@
 //!
 //! Input: nothing, or the folder of the library. Output: [`Library`], and for the rest of the module `Descriptor`.
 //!
-//! `libcudnn_graph` is opened, not `libcudnn`: the latter is a shim that opens the former at the first call and ends the
-//! process where it cannot. Every function is looked up before the first call, so that a library that lacks one is an
-//! error; `cudarc`'s own loader looks up late and panics. From `cudarc` come types and constants. Statuses, knobs and
-//! notes stay integers, since a later cuDNN may answer with one that no `enum` of ours has.
+//! `libcudnn_graph` is opened, not `libcudnn`: the latter is a shim that opens the former at the first call and ends
+//! the process where it cannot. Every function is looked up before the first call, so that a library that lacks one is
+//! an error; `cudarc`'s own loader looks up late and panics. cuBLASLt is opened too, because cuDNN asks it for its
+//! version while it plans and ends the process where it is not there. Other parts that are missing (heuristics,
+//! engines, NVRTC) cost plans, or are a status. From `cudarc` come types and constants. Statuses, knobs and notes stay
+//! integers, since a later cuDNN may answer with one that no `enum` of ours has.
 //!
 //! Invariants: a library is never closed, for cuDNN keeps threads and exit handlers. A descriptor is destroyed once, by
 //! its owner.
@@ -24,7 +26,7 @@ use cudarc::cudnn::sys;
 #[derive(Debug, thiserror::Error)]
 pub enum CudnnError {
     /// The library, or one that it needs, is not there.
-    #[error("open {library}: {detail}; install cuDNN 9 or add its folder to LD_LIBRARY_PATH")]
+    #[error("open {library}: {detail}; install it, or add its folder to LD_LIBRARY_PATH")]
     LibraryAbsent {
         /// File name or path tried.
         library: String,
@@ -140,6 +142,7 @@ functions! {
     /// Of `cudnn_graph.h`.
     Functions {
         cudnnGetVersion() -> usize;
+        cudnnGetCudartVersion() -> usize;
         cudnnGetErrorString(u32) -> *const c_char;
         cudnnGetLastErrorString(*mut c_char, usize);
         cudnnCreate(*mut sys::cudnnHandle_t) -> u32;
@@ -161,11 +164,41 @@ pub(super) fn open_for_good(path: &Path) -> Result<ManuallyDrop<libloading::Libr
     // SAFETY: loading runs the library's initialisers. The names that come here are NVIDIA's libraries, or what the
     // operator put in their place.
     let opened = unsafe { libloading::Library::new(path) };
-    opened.map(ManuallyDrop::new).map_err(|e| CudnnError::LibraryAbsent {
-        library: path.display().to_string(),
-        // The error's own display leaves out what the loader said.
-        detail: std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string),
+    opened.map(ManuallyDrop::new).map_err(|e| {
+        let library = path.display().to_string();
+        // The error's own display leaves out what the loader said, and that begins with the name.
+        let said = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
+        let detail = said.strip_prefix(&format!("{library}: ")).unwrap_or(&said).to_owned();
+        CudnnError::LibraryAbsent { library, detail }
     })
+}
+
+/// The folder of a library that is open: `path`'s, or where the loader found it.
+fn place(path: &Path) -> PathBuf {
+    let parent = |p: &Path| p.parent().map(Path::to_path_buf).unwrap_or_default();
+    if path.components().count() > 1 {
+        return parent(path);
+    }
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let mapped = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
+    mapped.into_iter().find(|file| file.file_name() == path.file_name()).map(parent).unwrap_or_default()
+}
+
+/// Opens the cuBLASLt of this CUDA major version, where the loader looks or where cuDNN in `folder` would: beside it,
+/// or where PyPI's packages lie. When cuDNN opens it by its name it then gets the one that is open.
+pub(super) fn open_cublaslt(folder: &Path, cuda_major: usize) -> Result<(), CudnnError> {
+    let file = format!("libcublasLt.so.{cuda_major}");
+    let mut result = open_for_good(Path::new(&file));
+    for near in ["", "../../cublas/lib", &format!("../../cu{cuda_major}/lib")] {
+        if result.is_ok() {
+            break;
+        }
+        let near = folder.join(near).join(&file);
+        if near.exists() {
+            result = open_for_good(&near);
+        }
+    }
+    result.map(|_| ())
 }
 
 /// The opened library. No device is needed to have one.
@@ -185,7 +218,7 @@ impl Library {
     /// Opens [`Self::FILE`] in `folder`, or where the loader looks (`LD_LIBRARY_PATH`, the system's cache).
     ///
     /// # Errors
-    /// Absent, without one of the functions used, or of another major version.
+    /// Absent, without one of the functions used, of another major version, or without cuBLASLt.
     pub fn open(folder: Option<&Path>) -> Result<Arc<Self>, CudnnError> {
         Self::open_file(&folder.map_or_else(|| PathBuf::from(Self::FILE), |f| f.join(Self::FILE)))
     }
@@ -198,6 +231,9 @@ impl Library {
         if !(Self::OLDEST..=Self::NEWEST).contains(&version) {
             return Err(CudnnError::Version { got: version });
         }
+        // SAFETY: takes nothing and reads a constant.
+        let cudart = unsafe { (functions.cudnnGetCudartVersion)() };
+        open_cublaslt(&place(path), cudart / 1000)?;
         Ok(Arc::new(Self { functions, version }))
     }
 

@@ -1,16 +1,17 @@
 //! Times every plan of every convolution of DARNet at full size, and checks what it computes.
 //!
-//! Input: a device and a number of seconds. Output: a row a plan: time, rate, workspace, and the largest error at sampled
-//! outputs against sums in f64 on the processor.
+//! Input: a device and a number of seconds. Output: a row a plan: time, rate, workspace, and the largest error at
+//! sampled outputs against sums in f64 on the processor.
 //!
-//! A plan is captured into a CUDA graph several times in a row and the graph is timed with events, so that launches cost
-//! what they cost in use and capture is shown to work. Inputs are pseudo-random and the same in every run.
+//! A plan is captured into a CUDA graph several times in a row and the graph is timed with events, so that launches
+//! cost what they cost in use and capture is shown to work. Inputs are pseudo-random and the same in every run.
 //!
-//! Invariants: all device memory is taken before the first plan; a plan that fails is a row with its fault. The driver is
-//! reached through functions that are looked up before the first call.
+//! Invariants: all device memory is taken before the first plan; a plan that fails is a row with its fault. The driver
+//! is reached through functions that are looked up before the first call.
 //!
 //! Deliberately absent: the choice of a plan.
 
+use std::collections::HashSet;
 use std::ffi::{c_int, c_uint, c_ulonglong, c_void};
 use std::fmt::Write as _;
 use std::path::Path;
@@ -21,7 +22,7 @@ use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUgraph, CU
 use half::f16;
 
 use super::library::{functions, open_for_good};
-use super::{BiasType, ConvSpec, Cudnn, CudnnError, Fusion, Library, Pointers};
+use super::{BiasType, Candidate, ConvSpec, Cudnn, CudnnError, Fusion, Library, Pointers};
 
 /// The driver's library.
 const DRIVER: &str = "libcuda.so.1";
@@ -33,10 +34,12 @@ const TIMED_MICROSECONDS: f64 = 3000.0;
 const RUNS: std::ops::RangeInclusive<usize> = 3..=64;
 /// Timings a plan, of which the middle one counts.
 const TIMINGS: usize = 5;
+/// The search goes on while a round makes the fastest plan faster than this share of before.
+const CLIMB: f64 = 0.995;
 /// Outputs compared with the processor's.
 const SAMPLES: usize = 64;
-/// Largest |y - reference| / max(1, |reference|) of a right plan: half-precision output rounds by 2^-11, and sums of up to
-/// 13824 products in f32 add less than 2^-12 of it at the magnitudes used.
+/// Largest |y - reference| / max(1, |reference|) of a right plan: half-precision output rounds by 2^-11, and sums of up
+/// to 13824 products in f32 add less than 2^-12 of it at the magnitudes used.
 pub const TOLERANCE: f64 = 2e-3;
 
 const fn conv(c: [usize; 2], input_dhw: [usize; 3], kernel: usize, stride: usize, relu: bool) -> ConvSpec {
@@ -109,6 +112,13 @@ pub struct SurveyRow {
     pub fault: Option<String>,
 }
 
+impl SurveyRow {
+    /// Whether it ran, computes the convolution, and gives the same bits each time.
+    pub fn is_right(&self) -> bool {
+        self.fault.is_none() && self.error <= TOLERANCE && !self.notes.contains("nondeterministic")
+    }
+}
+
 functions! {
     /// Of `cuda.h`, as of driver 12.0.
     Driver {
@@ -119,9 +129,9 @@ functions! {
         cuCtxSetCurrent(CUcontext) -> u32;
         cuMemAlloc_v2(*mut CUdeviceptr, usize) -> u32;
         cuMemFree_v2(CUdeviceptr) -> u32;
-        cuMemcpyHtoD_v2(CUdeviceptr, *const c_void, usize) -> u32;
+        cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream) -> u32;
         cuMemcpyDtoH_v2(*mut c_void, CUdeviceptr, usize) -> u32;
-        cuMemsetD8_v2(CUdeviceptr, u8, usize) -> u32;
+        cuMemsetD8Async(CUdeviceptr, u8, usize, CUstream) -> u32;
         cuStreamCreate(*mut CUstream, c_uint) -> u32;
         cuStreamDestroy_v2(CUstream) -> u32;
         cuStreamSynchronize(CUstream) -> u32;
@@ -151,9 +161,9 @@ fn done(status: u32, operation: &'static str) -> Result<(), CudnnError> {
 /// Calls a function of the driver and turns its status into a result.
 macro_rules! call {
     ($driver:expr, $name:ident($($arg:expr),*)) => {
-        // SAFETY: the context was made current by `Bench::open` on this thread; addresses, streams, graphs and events are
-        // live ones of this file's owners; where an address of ours is passed, it is of a live variable or slice of the
-        // length given.
+        // SAFETY: the context was made current by `Bench::open` on this thread; addresses, streams, graphs and events
+        // are live ones of this file's owners; where an address of ours is passed, it is of a live variable or slice of
+        // the length given.
         done(unsafe { ($driver.$name)($($arg),*) }, stringify!($name))
     };
 }
@@ -196,7 +206,12 @@ impl Bench {
     }
 
     fn upload(&self, to: CUdeviceptr, values: &[f16]) -> Result<(), CudnnError> {
-        call!(self.driver, cuMemcpyHtoD_v2(to, values.as_ptr().cast(), size_of_val(values)))
+        // On the stream of the convolutions, which does not wait for the default one.
+        let (from, bytes) = (values.as_ptr().cast(), size_of_val(values));
+        let copied = call!(self.driver, cuMemcpyHtoDAsync_v2(to, from, bytes, self.stream));
+        // The copy ends before `values` does.
+        call!(self.driver, cuStreamSynchronize(self.stream))?;
+        copied
     }
 
     /// Milliseconds that a graph takes.
@@ -288,6 +303,12 @@ fn fill(operand: (u64, f64), count: usize) -> Vec<f16> {
     (0..count).map(|i| value(operand.0, i, operand.1)).collect()
 }
 
+/// Element `i` of x, w, bias and residual.
+#[cfg(test)]
+pub(super) fn operands(spec: &ConvSpec) -> [impl Fn(usize) -> f64 + use<>; 4] {
+    [X, (2, weight_scale(spec)), BIAS, RESIDUAL].map(|(operand, scale)| move |i| value(operand, i, scale).to_f64())
+}
+
 /// What output element `index` (order D, H, W, K) should be, in f64 from the rounded operands.
 pub(super) fn reference(spec: &ConvSpec, fusion: Fusion, index: usize) -> f64 {
     let [_, q, o] = spec.output_dhw();
@@ -353,68 +374,86 @@ pub fn survey_with(
     bench.upload(x, &fill(X, xs))?;
     bench.upload(bias, &fill(BIAS, channels))?;
     bench.upload(residual, &fill(RESIDUAL, ys))?;
-    // SAFETY: the stream lives in `bench`, which is dropped after `cudnn` and all plans; its context is the primary one,
-    // current on this thread.
+    // SAFETY: the stream lives in `bench`, which is dropped after `cudnn` and all plans; its context is the primary
+    // one, current on this thread.
     let cudnn = unsafe { Cudnn::open_with(library, bench.stream) }?;
     let pointers = Pointers { x, w, bias, residual, y, workspace };
     let mut rows = Vec::new();
     for (i, (case, uses, spec)) in CASES.iter().enumerate() {
         let left = end.saturating_duration_since(Instant::now());
-        let case_end = Instant::now() + left / (CASES.len() - i) as u32;
+        let end = Instant::now() + left / (CASES.len() - i) as u32;
         bench.upload(w, &fill((2, weight_scale(spec)), spec.w_elements()))?;
-        let candidates = match cudnn.candidates(spec, WORKSPACE_BYTES) {
-            Ok(candidates) => candidates,
-            Err(e) => {
-                rows.push(SurveyRow {
-                    case: (*case).to_owned(),
-                    uses: *uses,
-                    name: String::new(),
-                    fusion: Fusion::Plain,
-                    workspace: 0,
-                    microseconds: f64::NAN,
-                    tflops: 0.0,
-                    error: f64::NAN,
-                    notes: String::new(),
-                    fault: Some(e.to_string()),
-                });
-                continue;
-            }
+        let blank = SurveyRow {
+            case: (*case).to_owned(),
+            uses: *uses,
+            name: String::new(),
+            fusion: Fusion::Plain,
+            workspace: 0,
+            microseconds: f64::NAN,
+            tflops: 0.0,
+            error: f64::NAN,
+            notes: String::new(),
+            fault: None,
         };
-        let mut checked: Option<(Fusion, Vec<(usize, f64)>)> = None;
-        for candidate in candidates {
-            if Instant::now() >= case_end {
-                break;
-            }
-            let samples = match &checked {
-                Some((fusion, samples)) if *fusion == candidate.fusion() => samples.clone(),
-                _ => {
-                    let samples = sample(spec, candidate.fusion());
-                    checked = Some((candidate.fusion(), samples.clone()));
-                    samples
-                }
-            };
-            let measured = measure(&bench, &cudnn, &candidate, &pointers, &samples);
-            let (microseconds, error, fault) = match measured {
-                Ok((microseconds, error)) => (microseconds, error, None),
-                Err(e) => (f64::NAN, f64::NAN, Some(e.to_string())),
-            };
-            let tflops = if fault.is_none() { 2.0 * spec.macs() as f64 / microseconds / 1e6 } else { 0.0 };
-            let notes: Vec<String> = candidate.notes().iter().map(ToString::to_string).collect();
-            rows.push(SurveyRow {
-                case: (*case).to_owned(),
-                uses: *uses,
-                name: candidate.name().to_owned(),
-                fusion: candidate.fusion(),
-                workspace: candidate.workspace(),
-                microseconds,
-                tflops,
-                error,
-                notes: notes.join(","),
-                fault,
-            });
+        match cudnn.candidates(spec, WORKSPACE_BYTES) {
+            Ok(candidates) => rows.extend(survey_case(&bench, &cudnn, &pointers, &blank, candidates, end)),
+            Err(e) => rows.push(SurveyRow { fault: Some(e.to_string()), ..blank }),
         }
     }
     Ok(rows)
+}
+
+/// The rows of one convolution: the plans of the heuristics, then plans one knob away from the fastest so far, as long
+/// as that finds faster ones and `end` is not reached.
+fn survey_case(
+    bench: &Bench,
+    cudnn: &Cudnn,
+    pointers: &Pointers,
+    blank: &SurveyRow,
+    mut candidates: Vec<Candidate>,
+    end: Instant,
+) -> Vec<SurveyRow> {
+    let Some(first) = candidates.first() else { return Vec::new() };
+    let samples = sample(first.spec(), first.fusion());
+    let operations = 2.0 * first.spec().macs() as f64;
+    let mut rows: Vec<SurveyRow> = Vec::new();
+    let mut timed = HashSet::new();
+    let mut fastest: Option<(f64, Candidate)> = None;
+    loop {
+        let before = fastest.as_ref().map(|(time, _)| *time);
+        for candidate in &candidates {
+            if Instant::now() >= end {
+                return rows;
+            }
+            if !timed.insert(candidate.name().to_owned()) {
+                continue;
+            }
+            let notes: Vec<String> = candidate.notes().iter().map(ToString::to_string).collect();
+            let mut row = SurveyRow {
+                name: candidate.name().to_owned(),
+                fusion: candidate.fusion(),
+                workspace: candidate.workspace(),
+                notes: notes.join(","),
+                ..blank.clone()
+            };
+            match measure(bench, cudnn, candidate, pointers, &samples) {
+                Ok((microseconds, error)) => {
+                    (row.microseconds, row.tflops, row.error) = (microseconds, operations / microseconds / 1e6, error);
+                }
+                Err(e) => row.fault = Some(e.to_string()),
+            }
+            if row.is_right() && fastest.as_ref().is_none_or(|(time, _)| row.microseconds < *time) {
+                fastest = Some((row.microseconds, candidate.clone()));
+            }
+            rows.push(row);
+        }
+        let Some((time, candidate)) = &fastest else { return rows };
+        if before.is_some_and(|before| *time > before * CLIMB) {
+            return rows;
+        }
+        let Ok(neighbours) = cudnn.neighbours(candidate, WORKSPACE_BYTES) else { return rows };
+        candidates = neighbours;
+    }
 }
 
 /// Places spread over the output, corners among them, with what should be there.
@@ -432,7 +471,7 @@ fn sample(spec: &ConvSpec, fusion: Fusion) -> Vec<(usize, f64)> {
 fn measure(
     bench: &Bench,
     cudnn: &Cudnn,
-    candidate: &super::Candidate,
+    candidate: &Candidate,
     pointers: &Pointers,
     samples: &[(usize, f64)],
 ) -> Result<(f64, f64), CudnnError> {
@@ -440,7 +479,7 @@ fn measure(
     // when the plan was looked for; they outlive `bound` and the graphs, which end with this function.
     let bound = unsafe { candidate.bind(pointers) }?;
     // All bits set is a NaN, which no right plan leaves.
-    call!(bench.driver, cuMemsetD8_v2(pointers.y, 0xFF, 2 * candidate.spec().y_elements()))?;
+    call!(bench.driver, cuMemsetD8Async(pointers.y, 0xFF, 2 * candidate.spec().y_elements(), bench.stream))?;
     bound.execute(cudnn)?;
     call!(bench.driver, cuStreamSynchronize(bench.stream))?;
     let mut error = 0.0f64;
@@ -483,10 +522,7 @@ pub fn table(rows: &[SurveyRow]) -> String {
                 "  {microseconds:9.2} us {tflops:7.1} TFLOP/s  error {error:8.1e}  {workspace:>10} B  {name}  {notes}  {fault}"
             );
         }
-        let right = |row: &&&SurveyRow| {
-            row.fault.is_none() && row.error <= TOLERANCE && !row.notes.contains("nondeterministic")
-        };
-        match of_case.iter().find(right) {
+        match of_case.iter().find(|row| row.is_right()) {
             Some(row) => total += *uses as f64 * row.microseconds,
             None if *uses > 0 => missing.push(*case),
             None => {}
