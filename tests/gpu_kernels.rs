@@ -22,7 +22,14 @@ const SPECIFIC: &str = "90a";
 
 /// Every source of the program.
 fn sources() -> Vec<Source> {
-    vec![cuda::source()]
+    let of_backend = darnet::engine::cuda::sources();
+    let of_backend = of_backend.into_iter().map(|(name, text, options, arch_specific)| Source {
+        name,
+        text: text.into(),
+        options,
+        arch_specific,
+    });
+    std::iter::once(cuda::source()).chain(of_backend).collect()
 }
 
 /// The folder of the compiler's library: named by the environment, or installed beside the test Python.

@@ -46,6 +46,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
         BenchWhat::Pipeline if args.declared_only => latency::declared(args)?,
         BenchWhat::Pipeline => pipeline(args)?,
         BenchWhat::Memory => memory(args)?,
+        BenchWhat::Convolutions => convolutions(args)?,
     };
     document["schema"] = json!("darnet.bench/1");
     document["version"] = json!(env!("CARGO_PKG_VERSION"));
@@ -135,11 +136,14 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
     let started = Instant::now();
     session.run(&input, &cancel, &mut out)?;
     let first_ms = started.elapsed().as_secs_f64() * 1e3;
+    session.profile()?;
     let mut runs = Vec::with_capacity(args.runs);
+    let mut device_runs = Vec::new();
     for _ in 0..args.runs {
         let started = Instant::now();
         session.run(&input, &cancel, &mut out)?;
         runs.push(started.elapsed().as_secs_f64());
+        device_runs.extend(session.device_ms().map(|ms| ms / 1e3));
         for (index, layer) in session.layers().into_iter().enumerate() {
             match layers.get_mut(index) {
                 Some((_, seconds)) => seconds.push(layer.seconds),
@@ -179,7 +183,12 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
         "mapped_weights_mib": backend.mapped_bytes() as f64 / 1_048_576.0,
         "layers": layers,
         "logits": out.logits,
+        "scores": out.scores,
+        "note": backend.note(),
     });
+    if !device_runs.is_empty() {
+        document["device"] = spread(device_runs);
+    }
     if backend.name() == "cpu"
         && let Some(kernels) =
             Isa::ALL.into_iter().find(|isa| isa.as_str() == backend.instruction_set()).and_then(Kernels::of)
@@ -192,6 +201,24 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
     document["gflops"] = json!(2.0 * macs as f64 / 1e9 / p50_s);
     merge(&mut document, spread);
     Ok(document)
+}
+
+fn convolutions(args: &BenchArgs) -> anyhow::Result<Value> {
+    let trials = darnet::engine::cuda::CudaBackend::trials(&model(args)?)?;
+    let rows: Vec<Value> = trials
+        .iter()
+        .map(|t| {
+            json!({
+                "convolution": t.shape.name(),
+                "micros": t.micros,
+                "tflops": t.tflops(),
+                "error": t.error.map(|e| format!("{e:.1e}")),
+                "kernel": t.kernel,
+                "fault": t.fault,
+            })
+        })
+        .collect();
+    Ok(json!({ "bench": "convolutions", "trials": rows }))
 }
 
 fn resample(args: &BenchArgs) -> anyhow::Result<Value> {

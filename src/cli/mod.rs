@@ -336,6 +336,8 @@ pub enum BenchWhat {
     Pipeline,
     /// Resident set idle and with a long series.
     Memory,
+    /// Every kernel that could do each convolution on a GPU: error against a plain one, and time.
+    Convolutions,
 }
 
 /// Parses the arguments, runs the command, maps its end to an exit code.

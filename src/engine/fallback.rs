@@ -114,7 +114,7 @@ impl Backend for FallbackBackend {
     }
 
     fn note(&self) -> Option<&str> {
-        self.note.as_deref()
+        self.note.as_deref().or_else(|| self.device.note())
     }
 
     fn threads(&self) -> usize {
@@ -330,6 +330,17 @@ impl Session for FallbackSession {
         }
     }
 
+    fn device_ms(&self) -> Option<f64> {
+        self.active().and_then(Session::device_ms)
+    }
+
+    fn profile(&mut self) -> Result<(), EngineError> {
+        match &mut self.device {
+            Device::Open(session) => session.profile(),
+            Device::Away { .. } => Ok(()),
+        }
+    }
+
     fn layers(&self) -> Vec<LayerTiming> {
         self.active().map(Session::layers).unwrap_or_default()
     }
@@ -405,11 +416,8 @@ fn first_of(
     for kind in order {
         match open(*kind) {
             Ok(backend) => {
-                let note = if passed.is_empty() {
-                    format!("using {kind}, the fastest")
-                } else {
-                    format!("using {kind}{passed}")
-                };
+                let more = backend.note().map(|note| format!(" ({note})")).unwrap_or_default();
+                let note = format!("using {kind}{more}{passed}");
                 return Ok((*kind, backend, note));
             }
             Err(error) => {
@@ -718,7 +726,7 @@ mod tests {
         assert_eq!((kind, backend.name()), (BackendKind::Cpu, "cpu"));
         assert_eq!(note, "using cpu; tensorrt not: no library; cuda not: no driver");
         let (kind, _, note) = first_of(&ORDER, |_| Ok(Box::new(Fake(world.clone(), "x")))).unwrap();
-        assert_eq!((kind, note.as_str()), (BackendKind::Tensorrt, "using tensorrt, the fastest"));
+        assert_eq!((kind, note.as_str()), (BackendKind::Tensorrt, "using tensorrt"));
         let none = first_of(&ORDER, |kind| absent(kind.as_str(), "none")).err();
         assert_eq!(none, Some(EngineError::Unavailable { backend: "cpu", reason: "none".to_owned() }));
     }

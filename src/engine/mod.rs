@@ -25,6 +25,7 @@ use crate::gpu::{Gpu, Stream};
 use crate::model::Model;
 
 pub mod cpu;
+pub mod cuda;
 pub mod fallback;
 pub mod priority;
 pub mod reference;
@@ -368,6 +369,19 @@ pub trait Session: Send {
         Vec::new()
     }
 
+    /// Milliseconds that the last run took on the device, without copies and waits; `None` for a backend without one.
+    fn device_ms(&self) -> Option<f64> {
+        None
+    }
+
+    /// Times every step alone, for [`layers`](Self::layers), where a run does not do so by itself.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    fn profile(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     /// Where the time of the last [`run`](Self::run) went, in order; empty for a backend that does not measure it.
     fn layers(&self) -> Vec<LayerTiming> {
         Vec::new()
@@ -416,7 +430,7 @@ fn open(kind: BackendKind, model: &Model, options: &EngineOptions) -> Result<Box
         BackendKind::Reference => Ok(Box::new(reference::ReferenceBackend::new(model))),
         BackendKind::Cpu | BackendKind::Auto => Ok(Box::new(cpu::CpuBackend::new(model, options, None)?)),
         BackendKind::Tensorrt => unavailable("tensorrt"),
-        BackendKind::Cuda => unavailable("cuda"),
+        BackendKind::Cuda => Ok(Box::new(cuda::CudaBackend::new(model, options)?)),
     }
 }
 

@@ -8,6 +8,7 @@
 //! Deliberately absent: what is computed. `resample::cuda` and `engine::cuda` bring kernels and plans.
 #![allow(unsafe_code)]
 
+mod cubins;
 mod error;
 mod memory;
 pub mod nvrtc;
@@ -15,6 +16,7 @@ mod stream;
 
 use std::borrow::Cow;
 use std::ffi::CString;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result;
@@ -83,6 +85,7 @@ pub struct Gpu {
     driver_version: u32,
     multiprocessors: u32,
     modules: Mutex<Vec<(ModuleKey, Arc<RawModule>)>>,
+    cubins: Mutex<Option<PathBuf>>,
 }
 
 type ModuleKey = (String, Vec<String>);
@@ -193,6 +196,7 @@ impl Gpu {
             driver_version: version.max(0) as u32,
             multiprocessors,
             modules: Mutex::new(Vec::new()),
+            cubins: Mutex::new(None),
         };
         gpu.bind()?;
         Ok(Arc::new(gpu))
@@ -251,6 +255,12 @@ impl Gpu {
         format!("{major}{minor}{}", if specific { "a" } else { "" })
     }
 
+    /// Keeps what is compiled from now on in files in `folder`, and takes it from there: a machine that has them needs no
+    /// compiler. A folder that cannot be written is no error.
+    pub fn keep_cubins(&self, folder: &Path) {
+        *self.cubins.lock().unwrap_or_else(PoisonError::into_inner) = Some(folder.to_path_buf());
+    }
+
     /// Compiles `source` for this GPU and loads it. Kept in memory: the same source and options are compiled once.
     ///
     /// # Errors
@@ -265,9 +275,20 @@ impl Gpu {
         drop(modules);
         // Not under the lock: several threads may compile at once. Two that compile the same load it twice, and one of
         // the two is unloaded with the other at the end.
-        let nvrtc = Nvrtc::open()?;
         let arch = self.arch(source.arch_specific);
-        let cubin = nvrtc.compile(source.name, &source.text, &arch, &source.options, Product::Cubin)?;
+        let folder = self.cubins.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let file = folder.map(|f| cubins::path(&f, source, &arch));
+        let cubin = match file.as_deref().and_then(cubins::load) {
+            Some(cubin) => cubin,
+            None => {
+                let nvrtc = Nvrtc::open()?;
+                let cubin = nvrtc.compile(source.name, &source.text, &arch, &source.options, Product::Cubin)?;
+                if let Some(file) = &file {
+                    cubins::store(file, &cubin);
+                }
+                cubin
+            }
+        };
         self.bind()?;
         // SAFETY: the image is a whole cubin, which carries its own length; the driver copies it.
         let module =
