@@ -238,6 +238,8 @@ pub struct Inferred {
 pub struct Timing {
     /// When the last P-DATA byte of the last slice was read.
     pub last_pdata_at: Instant,
+    /// When the last slice was written to its journal.
+    pub written_at: Instant,
     /// When the last slice was on disk.
     pub durable_at: Instant,
     /// When the last slice's HU were there.
@@ -256,7 +258,7 @@ pub struct Timing {
 /// *last slice to alert* where nothing was done before the last slice was there and nobody waited for completion.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Breakdown {
-    /// Header, append, sync.
+    /// Header and append.
     pub journal_s: f64,
     /// Reading back and pixels to HU, with the wait for a worker.
     pub decode_s: f64,
@@ -270,10 +272,14 @@ pub struct Breakdown {
     pub network_s: f64,
     /// The activation map.
     pub explain_s: f64,
+    /// Waiting for the sync of the last slice, which began when it was written.
+    pub sync_wait_s: f64,
     /// Hand-over to the publisher.
     pub hand_over_s: f64,
     /// Calibration, policy, commit.
     pub commit_s: f64,
+    /// The whole sync of the last slice; no part of the sum.
+    pub sync_s: f64,
 }
 
 impl Breakdown {
@@ -282,20 +288,22 @@ impl Breakdown {
         // Work done before its turn counts nothing: each step begins where the one before it ended.
         let since = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64();
         Self {
-            journal_s: since(timing.last_pdata_at, timing.durable_at),
-            decode_s: since(timing.durable_at, timing.decoded_at),
+            journal_s: since(timing.last_pdata_at, timing.written_at),
+            decode_s: since(timing.written_at, timing.decoded_at),
             resample_s: since(timing.decoded_at, timing.resampled_at),
             start_s: since(timing.resampled_at, judged.started_at),
             gather_s: judged.gather_s,
             network_s: judged.infer_s,
             explain_s: judged.cam_s,
-            hand_over_s: since(judged.ended_at, publishing),
+            sync_wait_s: since(judged.ended_at, timing.durable_at),
+            hand_over_s: since(judged.ended_at.max(timing.durable_at), publishing),
             commit_s: since(publishing, committed),
+            sync_s: since(timing.written_at, timing.durable_at),
         }
     }
 
     /// Names and values, in order.
-    pub fn parts(&self) -> [(&'static str, f64); 9] {
+    pub fn parts(&self) -> [(&'static str, f64); 11] {
         [
             ("journal", self.journal_s),
             ("decode", self.decode_s),
@@ -304,8 +312,10 @@ impl Breakdown {
             ("gather", self.gather_s),
             ("network", self.network_s),
             ("explain", self.explain_s),
+            ("sync_wait", self.sync_wait_s),
             ("hand_over", self.hand_over_s),
             ("commit", self.commit_s),
+            ("(sync)", self.sync_s),
         ]
     }
 }
