@@ -98,7 +98,7 @@ def quantile(values: list[float], q: float) -> float:
 
 def tests(arguments: argparse.Namespace) -> None:
     for binary in arguments.tests:
-        text = out_of([binary, "--ignored", "--test-threads", "1", "gpu"], 150)
+        text = out_of([binary, "--ignored", "--test-threads", "1"], 150)
         said = [line for line in text.splitlines() if line.startswith("test result:")]
         row(f"GPU tests of {pathlib.Path(binary).name.split('-')[0]}: {said[-1] if said else 'no result'}")
 
