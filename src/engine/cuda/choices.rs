@@ -84,7 +84,7 @@ mod tests {
             cudnn: Some(91_900),
         };
         let shape = Shape { c_in: 64, c_out: 64, input_dhw: [4, 8, 8], output_dhw: [4, 8, 8], kernel: 3, stride: 1 };
-        let own = Variant { nh: 8, pw: 1, pd: 2, split: 1, np: 5, nw: 4, cluster: 1 };
+        let own = Variant { nh: 8, pw: 1, pd: 2, split: 1, np: 5, nw: 4 };
         let choices = vec![
             (shape, Choice::Own(own)),
             (Shape { stride: 2, output_dhw: [2, 4, 4], ..shape }, Choice::Cudnn("engine 5".to_owned())),
