@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::phantom_series;
 use darnet::config::Config;
 use darnet::dicom::scu::{SendOptions, send};
-use darnet::engine::{BackendKind, EngineError, EngineOptions, prepare};
+use darnet::engine::{Backend, BackendKind, EngineError, EngineOptions, prepare};
 use darnet::gpu::Gpu;
 use darnet::model::Model;
 use darnet::model::manifest::{DepthGrid, SliceDirection};
@@ -145,16 +145,15 @@ fn what_does_not_fit_the_gpu_is_left_to_the_processor() {
 }
 
 /// The result of a series pushed to a daemon on `backend`.
-fn judged(backend: BackendKind, files: &[PathBuf], associations: usize) -> serde_json::Value {
+fn judged(backend: &dyn Backend, files: &[PathBuf], associations: usize) -> serde_json::Value {
     let dir = tempfile::tempdir().unwrap();
     let mut config = Config { data_dir: dir.path().to_path_buf(), ..Config::default() };
     config.dicom.bind = "127.0.0.1:0".to_owned();
     config.web.bind = "127.0.0.1:0".to_owned();
     config.assembly.grace_ms = 200;
     let model = Model::embedded().unwrap();
-    let backend = prepare(backend, &model, &EngineOptions::default()).unwrap_or_else(|error| panic!("{error}"));
     let (tx, notices) = observer();
-    let daemon = Daemon::start_on(&config, &model, backend.as_ref(), Some(tx)).unwrap();
+    let daemon = Daemon::start_on(&config, &model, backend, Some(tx)).unwrap();
     let options = SendOptions { to: daemon.dicom_addr().to_string(), associations, ..SendOptions::default() };
     assert_eq!(send(files, &options, &mut |_| {}).unwrap().stored, files.len());
     let notice = notices.recv_timeout(Duration::from_secs(120)).unwrap();
@@ -165,16 +164,19 @@ fn judged(backend: BackendKind, files: &[PathBuf], associations: usize) -> serde
 
 #[test]
 #[ignore = "needs a GPU"]
-fn a_daemon_on_cuda_gives_the_same_bits_in_any_order_of_arrival_and_agrees_with_cpu() {
+fn a_daemon_on_a_gpu_gives_the_same_bits_in_any_order_of_arrival_and_agrees_with_cpu() {
     let series = phantom_series(7, 120, 256);
     let mut backwards = series.files.clone();
     backwards.reverse();
-    let first = judged(BackendKind::Cuda, &series.files, 1);
+    let model = Model::embedded().unwrap();
+    let [cuda, cpu] = [BackendKind::Cuda, BackendKind::Cpu]
+        .map(|kind| prepare(kind, &model, &EngineOptions::default()).unwrap_or_else(|error| panic!("{error}")));
+    let first = judged(cuda.as_ref(), &series.files, 1);
     assert_eq!(first["outcome"], "result", "{first}");
     for (files, associations) in [(&backwards, 1), (&series.files, 4)] {
-        assert_eq!(judged(BackendKind::Cuda, files, associations)["logits"], first["logits"]);
+        assert_eq!(judged(cuda.as_ref(), files, associations)["logits"], first["logits"]);
     }
-    let cpu = judged(BackendKind::Cpu, &series.files, 1);
+    let cpu = judged(cpu.as_ref(), &series.files, 1);
     for class in ["cp", "covid19", "healthy"] {
         let (a, b) = (first["scores"][class].as_f64().unwrap(), cpu["scores"][class].as_f64().unwrap());
         assert!((a - b).abs() <= 2e-3, "{class}: {a} on the GPU, {b} on the processor");

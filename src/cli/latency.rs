@@ -14,6 +14,7 @@ use darnet::dicom::scu::{SendOptions, send_objects};
 use darnet::engine::prepare;
 use darnet::phantom::{DicomOptions, DicomSeries, Phantom};
 use darnet::pipeline::{Daemon, observer};
+use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::BenchArgs;
@@ -29,7 +30,7 @@ fn study(phantom: &Phantom, run: usize) -> anyhow::Result<Vec<Part10>> {
     let options =
         DicomOptions { declare_count: true, study_uid: Some(format!("2.25.{}", run + 1)), ..DicomOptions::default() };
     let series = DicomSeries::new(phantom, &options)?;
-    (0..series.len()).map(|index| Ok(parse_part10(series.slice(index)?)?)).collect()
+    (0..series.len()).into_par_iter().map(|index| Ok(parse_part10(series.slice(index)?)?)).collect()
 }
 
 /// Measures.

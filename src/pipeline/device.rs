@@ -172,15 +172,16 @@ impl BackendState {
     /// Logs and counts, and remembers.
     pub fn hear(&self, news: Vec<DeviceNews>) {
         for news in news {
-            let text = match &news {
+            let degraded = !matches!(news, DeviceNews::Back { .. });
+            let text = match news {
                 DeviceNews::Fell { backend, reason, retry_in } => {
-                    events::BackendFell { backend, detail: reason, retry_in: *retry_in }.emit();
+                    events::BackendFell { backend, detail: &reason, retry_in }.emit();
                     // The device stays open.
                     let Some(wait) = retry_in else { continue };
                     format!("cpu stands in for {backend}, to be tried again after {} s: {reason}", wait.as_secs())
                 }
                 DeviceNews::StillAway { backend, reason, retry_in } => {
-                    events::BackendRetried { backend, result: "failed", detail: reason }.emit();
+                    events::BackendRetried { backend, result: "failed", detail: &reason }.emit();
                     format!("cpu stands in for {backend}, to be tried again after {} s: {reason}", retry_in.as_secs())
                 }
                 DeviceNews::Back { backend, away } => {
@@ -189,7 +190,7 @@ impl BackendState {
                     self.as_started.to_string()
                 }
             };
-            events::BackendDegraded { degraded: !matches!(news, DeviceNews::Back { .. }) }.emit();
+            events::BackendDegraded { degraded }.emit();
             *self.now.lock().unwrap_or_else(PoisonError::into_inner) = text;
         }
     }

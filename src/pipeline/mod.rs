@@ -58,6 +58,8 @@ const DECODED_QUEUE: usize = 512;
 const INFER_QUEUE: usize = 1;
 /// Outcomes waiting for the store.
 const PUBLISH_QUEUE: usize = 16;
+/// Series that left memory and wait to be dropped; beyond it the assembler drops them itself.
+const DISPOSE_QUEUE: usize = 64;
 /// Wait for deliveries under way when the daemon stops; one not waited for is repeated after the next start.
 const OUTBOX_WAIT: Duration = Duration::from_secs(5);
 /// Publications on their way back to the assembler.
@@ -233,6 +235,7 @@ impl Daemon {
         let (inferred_tx, inferred) = bounded(INFER_QUEUE);
         let (publish_tx, publish) = bounded(PUBLISH_QUEUE);
         let (published_tx, published) = bounded(PUBLISHED_QUEUE);
+        let (dispose, disposed) = bounded::<Box<dyn Send>>(DISPOSE_QUEUE);
 
         let mut threads = Vec::new();
         let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| -> Result<(), StartError> {
@@ -319,10 +322,12 @@ impl Daemon {
                 inferred,
                 publish: publish_tx,
                 published,
+                dispose,
             },
             journals.clone(),
         );
         spawn("assemble".to_owned(), Box::new(move || assembler.run()))?;
+        spawn("dispose".to_owned(), Box::new(move || disposed.iter().for_each(drop)))?;
         let recovering = journals.clone();
         let recover = std::thread::Builder::new()
             .name("recover".to_owned())
