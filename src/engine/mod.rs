@@ -5,6 +5,7 @@
 //!
 //! - [mod@reference]: plain loops, the oracle of the tests; any shape, slow.
 //! - [`cpu`]: the default; Winograd convolutions, vector kernels for each instruction set, several threads.
+//! - [`tensorrt`]: a plan of NVIDIA's TensorRT, whose library is opened at run time.
 //!
 //! Invariants: the same backend gives the same bits for the same input, whatever the number of threads. A run either
 //! fills all of its output with finite numbers or returns an error. Backends agree as follows, |d| being the largest
@@ -24,6 +25,7 @@ use crate::model::Model;
 pub mod cpu;
 pub mod priority;
 pub mod reference;
+pub mod tensorrt;
 
 /// Most threads a backend takes; more do not help at 64 planes an input.
 pub const MAX_THREADS: usize = 256;
@@ -124,11 +126,14 @@ pub struct EngineOptions {
     pub isa: Option<cpu::dispatch::Isa>,
     /// Keep the cpu backend's packed weights in a file beside the model, where its folder can be written.
     pub weight_cache: bool,
+    /// Where the tensorrt backend finds its library and which plan it takes.
+    pub tensorrt: tensorrt::TensorrtOptions,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { threads: 0, nice: 0, isa: None, weight_cache: true }
+        let tensorrt = tensorrt::TensorrtOptions::default();
+        Self { threads: 0, nice: 0, isa: None, weight_cache: true, tensorrt }
     }
 }
 
@@ -204,6 +209,14 @@ pub enum EngineError {
     InputValue {
         /// The first such value.
         index: usize,
+    },
+    /// A GPU that was there fails: no room, a driver that was reset.
+    #[error("backend {backend}: {reason}")]
+    Device {
+        /// Which.
+        backend: &'static str,
+        /// What it said.
+        reason: String,
     },
     /// A logit is not a finite number.
     #[error("inference gave a logit that is not finite; check the input volume for values outside [0, 1]")]
@@ -333,7 +346,7 @@ pub fn prepare(kind: BackendKind, model: &Model, options: &EngineOptions) -> Res
             let note = "no GPU backend in this build, using cpu";
             Ok(Box::new(cpu::CpuBackend::new(model, options, Some(note))?))
         }
-        BackendKind::Tensorrt => unavailable("tensorrt"),
+        BackendKind::Tensorrt => Ok(Box::new(tensorrt::TensorrtBackend::new(model, &options.tensorrt)?)),
         BackendKind::Cuda => unavailable("cuda"),
     }
 }
