@@ -343,13 +343,22 @@ impl TensorrtSession {
 
     fn run_once(&mut self) -> Result<(), TensorrtError> {
         self.device.bind()?;
-        match &self.graph {
+        let put = match &self.graph {
             // SAFETY: recorded with this session's buffers, which live.
-            Some(graph) => unsafe { graph.launch(&self.stream) }?,
-            None => self.put()?,
-        }
-        self.stream.wait()?;
-        Ok(())
+            Some(graph) => unsafe { graph.launch(&self.stream) }.map_err(TensorrtError::from),
+            None => self.put(),
+        };
+        // Even after an error: what was put before it must be done before a buffer is touched again.
+        let waited = self.stream.wait();
+        put?;
+        Ok(waited?)
+    }
+}
+
+impl Drop for TensorrtSession {
+    fn drop(&mut self) {
+        // Nothing may be under way when buffers are freed. An error means that the driver has given up on it.
+        let _ = self.device.bind().and_then(|()| self.stream.wait());
     }
 }
 
