@@ -174,8 +174,7 @@ fn each_interface_builds_both_precisions_with_progress_and_a_timing_cache() {
                 heard.lock().unwrap().push(progress);
                 true
             };
-            let options =
-                BuildOptions { workspace_bytes: 1 << 30, timing_cache: Some(&[]), progress: Some(&hear) };
+            let options = BuildOptions { workspace_bytes: 1 << 30, timing_cache: Some(&[]), progress: Some(&hear) };
             let built = library.build(&onnx, &options).unwrap();
             assert!(built.plan.len() > 1 << 20 && built.layers > 50, "{} layers", built.layers);
             let cache = built.timing_cache.unwrap();

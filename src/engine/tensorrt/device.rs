@@ -303,9 +303,7 @@ impl Stream {
     pub unsafe fn download(&self, from: &Buffer, to: &mut Staging) -> Result<(), DeviceError> {
         assert_eq!(size_of_val(to.values()), from.bytes, "staging and buffer have one size");
         // SAFETY: memory of this size on both sides; the rest is the caller's promise.
-        called("copy from the GPU", unsafe {
-            result::memcpy_dtoh_async(to.values_mut(), from.address, self.raw)
-        })
+        called("copy from the GPU", unsafe { result::memcpy_dtoh_async(to.values_mut(), from.address, self.raw) })
     }
 
     /// Waits until everything put on it is done.

@@ -31,8 +31,8 @@ pub const CANDIDATES: [(&str, &str); 3] = [
     ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"),
 ];
 
-/// Libraries open at once: each path once, for the life of the process. A process needs one; tests open three.
-const MAX_LIBRARIES: usize = 8;
+/// Libraries open at once: each path once, for the life of the process. A process needs one; tests open ten.
+const MAX_LIBRARIES: usize = 16;
 /// Room for a message of the shim.
 const MESSAGE_BYTES: usize = 1024;
 /// Errors of a library's log kept for the message of a failing call.
@@ -605,9 +605,8 @@ impl Library {
         let mut message = MessageRoom::new();
         let mut raw = null_mut();
         // SAFETY: an open library, a place for a pointer and the message.
-        let code = unsafe {
-            darnet_trt_runtime(self.0.raw.as_ptr(), &raw mut raw, message.as_mut_ptr(), MESSAGE_BYTES)
-        };
+        let code =
+            unsafe { darnet_trt_runtime(self.0.raw.as_ptr(), &raw mut raw, message.as_mut_ptr(), MESSAGE_BYTES) };
         if code != status::OK {
             let reason = self.reason(&message);
             return Err(self.error(code, reason));
@@ -709,10 +708,8 @@ pub struct TensorInfo {
 impl EngineObjects {
     fn tensors(&self) -> Result<Vec<TensorInfo>, TensorrtError> {
         let raw = self.library.0.raw.as_ptr();
-        let refuse = |reason: &str| TensorrtError::Network {
-            library: self.library.to_string(),
-            reason: reason.to_owned(),
-        };
+        let refuse =
+            |reason: &str| TensorrtError::Network { library: self.library.to_string(), reason: reason.to_owned() };
         // SAFETY: an open library and an engine it made.
         let count = unsafe { darnet_trt_tensor_count(raw, self.engine.0) };
         if !(0..=MAX_TENSORS).contains(&count) {

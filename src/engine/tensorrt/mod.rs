@@ -188,8 +188,7 @@ impl TensorrtBackend {
             Err(error) => {
                 tracing::warn!(target: "tensorrt", reason = %error, "building the plan, which takes minutes");
                 let build_options = BuildOptions::default();
-                let stored =
-                    build(model, options.precision, library, Some(device.info()), &folders, &build_options)?;
+                let stored = build(model, options.precision, library, Some(device.info()), &folders, &build_options)?;
                 (stored.path, stored.built.plan)
             }
         };
@@ -244,8 +243,8 @@ impl Backend for TensorrtBackend {
     }
 
     fn session_bytes(&self) -> usize {
-        let values: usize =
-            self.architecture.input_dhw.iter().product::<usize>() + output_sizes(&self.architecture).iter().sum::<usize>();
+        let values: usize = self.architecture.input_dhw.iter().product::<usize>()
+            + output_sizes(&self.architecture).iter().sum::<usize>();
         values * size_of::<f32>()
     }
 }
@@ -374,9 +373,7 @@ impl Session for TensorrtSession {
             return Err(EngineError::Cancelled);
         }
         let [logits, _, pooled, feature_map] = &self.outputs;
-        for (to, from) in
-            [(&mut out.logits, logits), (&mut out.pooled, pooled), (&mut out.feature_map, feature_map)]
-        {
+        for (to, from) in [(&mut out.logits, logits), (&mut out.pooled, pooled), (&mut out.feature_map, feature_map)] {
             to.clear();
             to.extend_from_slice(from.values());
         }
