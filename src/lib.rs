@@ -6,7 +6,7 @@
 //! folder     to HU      volume       on arrival   backend
 //! ```
 //!
-//! Arrows go down the pipeline. `model`, `volume` and `telemetry` are leaves that import no stage; [`pipeline`] alone
+//! Arrows go down the pipeline. `model`, `volume`, `telemetry` and `gpu` are leaves that import no stage; [`pipeline`] alone
 //! knows every stage and makes the channels, threads and pools. `tests/tidy.rs` enforces the arrows.
 //!
 //! Conventions: axes in DHW order (depth, rows, columns), row-major; distances in millimetres in the DICOM patient
@@ -16,6 +16,7 @@ pub mod config;
 pub mod dicom;
 pub mod engine;
 pub mod explain;
+pub mod gpu;
 pub mod model;
 pub mod phantom;
 pub mod pipeline;

@@ -121,6 +121,10 @@ impl Session for WatchedSession {
         self.inner.advance(input, ready, cancel)
     }
 
+    fn computes_ahead(&self) -> bool {
+        self.inner.computes_ahead()
+    }
+
     fn reuse(&self) -> Reuse {
         self.inner.reuse()
     }

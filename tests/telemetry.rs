@@ -14,6 +14,7 @@ fn emit_all() {
     let (study, series) = (hasher.hash("1.2.3"), hasher.hash("1.2.3.4"));
     let took = Duration::from_millis(12);
     ServerStarted {
+        choice: "as configured",
         version: "0.1.0",
         commit: "abc",
         backend: "cpu",
@@ -22,6 +23,10 @@ fn emit_all() {
         intended_use: "demo",
     }
     .emit();
+    BackendFell { backend: "cuda", detail: "out of memory", retry_in: Some(took) }.emit();
+    BackendRetried { backend: "cuda", result: "failed", detail: "out of memory" }.emit();
+    BackendDegraded { degraded: true }.emit();
+    DeviceResamplingFailed { detail: "out of memory" }.emit();
     ServerStopping { cause: "signal" }.emit();
     AssociationAccepted { association: 1, active: 1 }.emit();
     AssociationRejected { reason: "called_ae_title" }.emit();

@@ -21,6 +21,7 @@ use darnet::engine::tensorrt::{
 };
 use darnet::engine::{BackendKind, EngineError, EngineOptions, Inference, prepare, softmax};
 use darnet::explain::class_activation_map;
+use darnet::gpu::Gpu;
 use darnet::model::{Architecture, Model, synthetic};
 use serde_json::{Value, json};
 
@@ -32,7 +33,7 @@ fn peer(path: &str) -> PathBuf {
 }
 
 fn has_driver() -> bool {
-    device::probe().is_ok()
+    Gpu::open(0).is_ok()
 }
 
 fn small_model() -> Model {
@@ -134,7 +135,7 @@ fn the_complete_network_is_built_without_a_gpu_and_its_plan_does_not_run_without
 
     let model = Model::load(&folder).unwrap();
     let opened = Library::open(Some(&library)).unwrap();
-    let gpu = device::Device::open(0);
+    let gpu = Gpu::open(0);
     let key = plan::list(&plan::folders(&model))[0].key.clone().unwrap();
     let bytes = plan::read(&file, &key).unwrap().plan;
     if gpu.is_err() {

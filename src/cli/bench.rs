@@ -6,24 +6,27 @@
 use std::io::BufRead;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use darnet::config::{Config, ModelConfig};
 use darnet::dicom::scu::{SendOptions, send};
 use darnet::engine::cpu::dispatch::{Isa, Kernels};
 use darnet::engine::cpu::roof;
-use darnet::engine::{Backend, CancelToken, Inference, LayerTiming, prepare};
+use darnet::engine::{Backend, BackendKind, CancelToken, Inference, LayerTiming, prepare};
+use darnet::gpu::Gpu;
 use darnet::model::Model;
 use darnet::model::manifest::{Architecture, DepthGrid, SliceDirection};
 use darnet::phantom::{DicomOptions, Phantom, PhantomClass, PhantomSpec, generate, write_dicom};
 use darnet::pipeline::{Daemon, observer};
 use darnet::resample::cpu::{Window, gather, in_plane};
+use darnet::resample::cuda::{DevicePlane, GpuGatherer, GpuResampler};
 use darnet::resample::plan::{DepthPlan, InPlanePlan};
 use darnet::volume::geometry::InPlaneOrientation;
 use serde_json::{Value, json};
 
-use super::{BenchArgs, BenchWhat, Ended, modelcmd, print_json, resident};
+use super::{BenchArgs, BenchWhat, Ended, latency, modelcmd, print_json, resident};
 
 /// `darnet bench`.
 pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
@@ -40,8 +43,10 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Ended> {
         BenchWhat::Inference => inference(args)?,
         BenchWhat::Resample => resample(args)?,
         BenchWhat::Ingest => ingest(args)?,
+        BenchWhat::Pipeline if args.declared_only => latency::declared(args)?,
         BenchWhat::Pipeline => pipeline(args)?,
         BenchWhat::Memory => memory(args)?,
+        BenchWhat::Convolutions => convolutions(args)?,
     };
     document["schema"] = json!("darnet.bench/1");
     document["version"] = json!(env!("CARGO_PKG_VERSION"));
@@ -84,12 +89,12 @@ pub fn model(args: &BenchArgs) -> anyhow::Result<Model> {
 }
 
 /// Value at quantile `q` of the runs, by nearest rank.
-fn quantile(sorted: &[f64], q: f64) -> f64 {
+pub(super) fn quantile(sorted: &[f64], q: f64) -> f64 {
     let rank = (q * sorted.len() as f64).ceil() as usize;
     sorted[rank.clamp(1, sorted.len()) - 1]
 }
 
-fn spread(mut runs: Vec<f64>) -> Value {
+pub(super) fn spread(mut runs: Vec<f64>) -> Value {
     runs.sort_by(f64::total_cmp);
     json!({
         "runs": runs.len(),
@@ -131,11 +136,14 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
     let started = Instant::now();
     session.run(&input, &cancel, &mut out)?;
     let first_ms = started.elapsed().as_secs_f64() * 1e3;
+    session.profile()?;
     let mut runs = Vec::with_capacity(args.runs);
+    let mut device_runs = Vec::new();
     for _ in 0..args.runs {
         let started = Instant::now();
         session.run(&input, &cancel, &mut out)?;
         runs.push(started.elapsed().as_secs_f64());
+        device_runs.extend(session.device_ms().map(|ms| ms / 1e3));
         for (index, layer) in session.layers().into_iter().enumerate() {
             match layers.get_mut(index) {
                 Some((_, seconds)) => seconds.push(layer.seconds),
@@ -161,6 +169,7 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
         "bench": "inference",
         "model": id,
         "backend": backend.name(),
+        "choice": backend.note(),
         "instruction_set": backend.instruction_set(),
         "threads": backend.threads(),
         "input_dhw": architecture.input_dhw,
@@ -174,7 +183,12 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
         "mapped_weights_mib": backend.mapped_bytes() as f64 / 1_048_576.0,
         "layers": layers,
         "logits": out.logits,
+        "scores": out.scores,
+        "note": backend.note(),
     });
+    if !device_runs.is_empty() {
+        document["device"] = spread(device_runs);
+    }
     if backend.name() == "cpu"
         && let Some(kernels) =
             Isa::ALL.into_iter().find(|isa| isa.as_str() == backend.instruction_set()).and_then(Kernels::of)
@@ -187,6 +201,24 @@ fn inference(args: &BenchArgs) -> anyhow::Result<Value> {
     document["gflops"] = json!(2.0 * macs as f64 / 1e9 / p50_s);
     merge(&mut document, spread);
     Ok(document)
+}
+
+fn convolutions(args: &BenchArgs) -> anyhow::Result<Value> {
+    let trials = darnet::engine::cuda::CudaBackend::trials(&model(args)?)?;
+    let rows: Vec<Value> = trials
+        .iter()
+        .map(|t| {
+            json!({
+                "convolution": t.shape.name(),
+                "micros": t.micros,
+                "tflops": t.tflops(),
+                "error": t.error.map(|e| format!("{e:.1e}")),
+                "kernel": t.kernel,
+                "fault": t.fault,
+            })
+        })
+        .collect();
+    Ok(json!({ "bench": "convolutions", "trials": rows }))
 }
 
 fn resample(args: &BenchArgs) -> anyhow::Result<Value> {
@@ -216,20 +248,76 @@ fn resample(args: &BenchArgs) -> anyhow::Result<Value> {
         gather(&depth, &planes, &mut volume);
         gather_runs.push(started.elapsed().as_secs_f64());
     }
-    Ok(json!({
+    let mut document = json!({
         "bench": "resample",
         "slices": args.slices,
         "in_plane_512_to": [h, w],
         "in_plane": spread(in_plane_runs),
         "gather": spread(gather_runs),
+    });
+    if matches!(args.engine.backend, BackendKind::Cuda | BackendKind::Tensorrt) {
+        document["gpu"] = resample_on_gpu(args, &window, &plan, &depth, &hu, &volume)?;
+    }
+    Ok(document)
+}
+
+/// The same on the GPU, with the largest difference from `expected`, the processor's volume.
+fn resample_on_gpu(
+    args: &BenchArgs,
+    window: &Window,
+    plan: &InPlanePlan,
+    depth: &DepthPlan,
+    hu: &[i16],
+    expected: &[f32],
+) -> anyhow::Result<Value> {
+    let gpu = Gpu::open(0)?;
+    let resampler = Arc::new(GpuResampler::new(Arc::clone(&gpu), *window, plan.out_hw(), args.slices)?);
+    let mut gatherer = GpuGatherer::new(Arc::clone(&resampler), args.slices, depth.planes())?;
+    let (mut hand_over, mut whole, mut series, mut gathered) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut difference = 0.0f32;
+    for run in 0..=args.runs {
+        for _ in 0..20 {
+            let started = Instant::now();
+            let plane = resampler.resample(plan, hu)?.context("take a plane of the device's pool")?;
+            let handed = started.elapsed().as_secs_f64();
+            plane.wait()?;
+            // The first run warms up.
+            if run > 0 {
+                hand_over.push(handed);
+                whole.push(started.elapsed().as_secs_f64());
+            }
+        }
+        let started = Instant::now();
+        let mut planes = Vec::with_capacity(args.slices);
+        for _ in 0..args.slices {
+            planes.push(resampler.resample(plan, hu)?.context("take a plane of the device's pool")?);
+        }
+        gpu.synchronize()?;
+        let series_s = started.elapsed().as_secs_f64();
+        let planes: Vec<&DevicePlane> = planes.iter().collect();
+        let (volume, gather_ms) = gatherer.gather_to_host(depth, &planes)?.context("gather on the device")?;
+        if run > 0 {
+            series.push(series_s);
+            gathered.push(f64::from(gather_ms) / 1e3);
+        }
+        difference = volume.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(difference, f32::max);
+    }
+    ensure!(difference <= 1e-6, "the device's volume differs from the processor's by {difference}");
+    Ok(json!({
+        "device": gpu.name(),
+        "hand_over": spread(hand_over),
+        "upload_and_in_plane": spread(whole),
+        "series": spread(series),
+        "gather": spread(gathered),
+        "largest_difference": difference,
     }))
 }
 
-fn phantom(slices: usize) -> Phantom {
+pub(super) fn phantom(slices: usize) -> Phantom {
     generate(&PhantomSpec::random(PhantomClass::Covid, 1).with_shape(slices, 512, 512))
 }
 
-fn daemon_config(args: &BenchArgs, data: &Path) -> Config {
+pub(super) fn daemon_config(args: &BenchArgs, data: &Path) -> Config {
     let mut config = Config { data_dir: data.to_path_buf(), ..Config::default() };
     config.dicom.bind = "127.0.0.1:0".to_owned();
     config.web.bind = "127.0.0.1:0".to_owned();
@@ -267,7 +355,7 @@ fn ingest(args: &BenchArgs) -> anyhow::Result<Value> {
     Ok(document)
 }
 
-fn to(daemon: &Daemon) -> SendOptions {
+pub(super) fn to(daemon: &Daemon) -> SendOptions {
     SendOptions { to: daemon.dicom_addr().to_string(), ..SendOptions::default() }
 }
 
@@ -409,6 +497,7 @@ fn pipeline(args: &BenchArgs) -> anyhow::Result<Value> {
         "bench": "pipeline",
         "model": model.manifest.id,
         "backend": backend.name(),
+        "choice": backend.note(),
         "threads": args.engine.threads,
         "slices": args.slices,
         "grace_ms": Config::default().assembly.grace_ms,

@@ -6,9 +6,11 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
-use darnet::engine::tensorrt::{self, BuildOptions, Library, PlanKey, Precision, Progress, device, plan};
+use darnet::engine::tensorrt::device::DeviceInfo;
+use darnet::engine::tensorrt::{self, BuildOptions, Library, PlanKey, Precision, Progress, plan};
 use darnet::engine::{Backend, BackendKind, CancelToken, EngineOptions, Inference, prepare};
 use darnet::explain::class_activation_map;
+use darnet::gpu::Gpu;
 use darnet::model::Model;
 use darnet::phantom::{PhantomClass, PhantomSpec, generate};
 use darnet::pipeline::publish::model_info;
@@ -170,7 +172,7 @@ fn build(args: &BuildArgs) -> anyhow::Result<Ended> {
     let model = modelcmd::load(args.model.as_ref())?;
     let precision = Precision::from(args.precision);
     let library = Library::open(args.library.as_deref())?;
-    let gpu = device::Device::open(args.device);
+    let gpu = Gpu::open(args.device);
     let folders = plan::folders(&model);
     let cache = args.timing_cache.as_deref().map(read_cache).transpose()?;
     let workspace_bytes = match args.workspace_mib.unwrap_or(0).checked_mul(1 << 20) {
@@ -184,8 +186,8 @@ fn build(args: &BuildArgs) -> anyhow::Result<Ended> {
         gpu.bind()?;
     }
     let started = Instant::now();
-    let info = gpu.as_ref().ok().map(|gpu| gpu.info());
-    let stored = tensorrt::build(&model, precision, library, info, &folders, &options);
+    let info = gpu.as_ref().ok().map(|gpu| DeviceInfo::of(gpu));
+    let stored = tensorrt::build(&model, precision, library, info.as_ref(), &folders, &options);
     phases.bar.finish_and_clear();
     let stored = stored?;
     let seconds = started.elapsed().as_secs_f64();
@@ -224,11 +226,11 @@ fn build(args: &BuildArgs) -> anyhow::Result<Ended> {
 fn show(args: &ShowArgs) -> anyhow::Result<Ended> {
     let model = modelcmd::load(args.model.as_ref())?;
     let library = Library::open(args.library.as_deref());
-    let gpu = device::Device::open(args.device);
+    let gpu = Gpu::open(args.device).map(|gpu| DeviceInfo::of(&gpu));
     let listed = plan::list(&plan::folders(&model));
     let here = |key: &PlanKey| -> Option<bool> {
         let (Ok(library), Ok(gpu)) = (&library, &gpu) else { return None };
-        Some(*key == PlanKey::new(&model, key.precision, library, Some(gpu.info())))
+        Some(*key == PlanKey::new(&model, key.precision, library, Some(gpu)))
     };
     let damaged = listed.iter().any(|l| l.key.is_err());
     if args.json {
@@ -254,9 +256,9 @@ fn show(args: &ShowArgs) -> anyhow::Result<Ended> {
             },
             "gpu": match &gpu {
                 Ok(gpu) => json!({
-                    "name": gpu.info().name,
-                    "compute_capability": gpu.info().compute_capability,
-                    "driver": gpu.info().driver,
+                    "name": gpu.name,
+                    "compute_capability": gpu.compute_capability,
+                    "driver": gpu.driver,
                 }),
                 Err(error) => json!({ "error": error.to_string() }),
             },
@@ -269,8 +271,7 @@ fn show(args: &ShowArgs) -> anyhow::Result<Ended> {
         }
         match &gpu {
             Ok(gpu) => {
-                let info = gpu.info();
-                println!("GPU       {}, compute capability {}, {}", info.name, info.compute_capability, info.driver);
+                println!("GPU       {}, compute capability {}, {}", gpu.name, gpu.compute_capability, gpu.driver);
             }
             Err(error) => println!("GPU       none: {error}"),
         }

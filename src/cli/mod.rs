@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod engine;
 mod infer;
+mod latency;
 mod modelcmd;
 mod resident;
 mod serve;
@@ -317,6 +318,10 @@ pub struct BenchArgs {
     /// Only completion by a declared count (pipeline); by release of the association, too, when absent.
     #[arg(long)]
     pub declare_count: bool,
+    /// Only completion by a declared count, at line rate or --rate, with where the time goes (pipeline): one daemon takes
+    /// all runs, and pictures are not made.
+    #[arg(long, conflicts_with = "declare_count")]
+    pub declared_only: bool,
     /// Print one JSON document on stdout.
     #[arg(long)]
     pub json: bool,
@@ -335,6 +340,8 @@ pub enum BenchWhat {
     Pipeline,
     /// Resident set idle and with a long series.
     Memory,
+    /// Every kernel that could do each convolution on a GPU: error against a plain one, and time.
+    Convolutions,
 }
 
 /// Parses the arguments, runs the command, maps its end to an exit code.

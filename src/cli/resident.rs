@@ -5,10 +5,10 @@
 //! ```text
 //! -> (start)      {"schema":"darnet.bench-serve/1","ready":true,"model":{…},"backend":"cpu","threads":2,"load_s":…}
 //! <- FILE         a safetensors file with `volume`
-//! -> {"seconds":…,"logits":[…],"scores":[…]}      or {"error":"…"}, and the next line is awaited
+//! -> {"seconds":…,"device_ms":…,"logits":[…],"scores":[…]}      or {"error":"…"}, and the next line is awaited
 //! ```
 //!
-//! `seconds` is the inference alone; reading the file is outside. The process ends when stdin does.
+//! `seconds` is the inference alone; reading the file is outside. `device_ms` is the part on a GPU, null without one. The process ends when stdin does.
 
 use std::io::{BufRead, Read, Write};
 use std::path::Path;
@@ -55,7 +55,8 @@ pub fn serve(args: &BenchArgs) -> anyhow::Result<Ended> {
             let started = Instant::now();
             session.run(&input, &cancel, &mut out)?;
             let seconds = started.elapsed().as_secs_f64();
-            Ok(json!({ "seconds": seconds, "logits": out.logits, "scores": out.scores }))
+            let device_ms = session.device_ms();
+            Ok(json!({ "seconds": seconds, "device_ms": device_ms, "logits": out.logits, "scores": out.scores }))
         };
         let answer = run().unwrap_or_else(|error| json!({ "error": format!("{error:#}") }));
         say(&answer)?;

@@ -6,6 +6,7 @@
 //! - [mod@reference]: plain loops, the oracle of the tests; any shape, slow.
 //! - [`cpu`]: the default; Winograd convolutions, vector kernels for each instruction set, several threads.
 //! - [`tensorrt`]: a plan of NVIDIA's TensorRT, whose library is opened at run time.
+//! - [`fallback`]: what `auto` chooses, and `cpu` behind a device that may fail.
 //!
 //! Invariants: the same backend gives the same bits for the same input, whatever the number of threads. A run either
 //! fills all of its output with finite numbers or returns an error. Backends agree as follows, |d| being the largest
@@ -16,13 +17,17 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use crate::gpu::{Gpu, Stream};
 use crate::model::Model;
 
 pub mod cpu;
+pub mod cuda;
+pub mod fallback;
 pub mod priority;
 pub mod reference;
 pub mod tensorrt;
@@ -165,6 +170,14 @@ pub enum EngineError {
         /// Why.
         reason: String,
     },
+    /// The device or its driver failed while it worked.
+    #[error("backend {backend} failed: {reason}")]
+    Device {
+        /// Which.
+        backend: &'static str,
+        /// What the driver said.
+        reason: String,
+    },
     /// No such backend.
     #[error("unknown backend {0:?}: expected auto, reference, cpu, tensorrt or cuda")]
     UnknownBackend(String),
@@ -209,14 +222,6 @@ pub enum EngineError {
     InputValue {
         /// The first such value.
         index: usize,
-    },
-    /// A GPU that was there fails: no room, a driver that was reset.
-    #[error("backend {backend}: {reason}")]
-    Device {
-        /// Which.
-        backend: &'static str,
-        /// What it said.
-        reason: String,
     },
     /// A logit is not a finite number.
     #[error("inference gave a logit that is not finite; check the input volume for values outside [0, 1]")]
@@ -299,6 +304,17 @@ impl Reuse {
     }
 }
 
+/// Where a session on a GPU takes its input from.
+#[derive(Clone, Debug)]
+pub struct DeviceInput {
+    /// The GPU.
+    pub gpu: Arc<Gpu>,
+    /// Device address of D x H x W f32, row-major.
+    pub ptr: u64,
+    /// The stream that a run is ordered on: what fills the input is ordered there, or waited for by it.
+    pub stream: Arc<Stream>,
+}
+
 /// One worker's way to run the network.
 pub trait Session: Send {
     /// Runs the network on `input` (D, H, W row-major, values in [0, 1]) and fills `out`, whose buffers are reused.
@@ -322,6 +338,55 @@ pub trait Session: Send {
         Ok(())
     }
 
+    /// The input on the device, for whoever can fill it there; `None` for a backend that reads host memory.
+    fn device_input(&self) -> Option<DeviceInput> {
+        None
+    }
+
+    /// [`run`](Self::run) on what lies in [`device_input`](Self::device_input). Values are not looked at one by one: an
+    /// input that is not finite ends in [`EngineError::NotFinite`].
+    ///
+    /// # Errors
+    /// As [`run`](Self::run); [`EngineError::Unavailable`] for a backend that reads host memory.
+    fn run_device(&mut self, cancel: &CancelToken, out: &mut Inference) -> Result<(), EngineError> {
+        let _ = (cancel, out);
+        Err(EngineError::Unavailable { backend: "device input", reason: "this backend reads host memory".to_owned() })
+    }
+
+    /// Whether [`advance`](Self::advance) does anything. Where it does not, nobody needs to gather planes for it.
+    fn computes_ahead(&self) -> bool {
+        false
+    }
+
+    /// The backend that made the last result, if that may be another than the session's own.
+    fn ran_on(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Whether a device failed and another backend stands in.
+    fn is_degraded(&self) -> bool {
+        false
+    }
+
+    /// What became of the device since the last call. While the session [`is_degraded`](Self::is_degraded), to be called
+    /// about once a second: it is what brings the device back.
+    fn news(&mut self) -> Vec<fallback::DeviceNews> {
+        Vec::new()
+    }
+
+    /// Milliseconds that the last run took on the device, without copies and waits; `None` for a backend without one.
+    fn device_ms(&self) -> Option<f64> {
+        None
+    }
+
+    /// Times every step alone, for [`layers`](Self::layers), where a run does not do so by itself.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    fn profile(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     /// Where the time of the last [`run`](Self::run) went, in order; empty for a backend that does not measure it.
     fn layers(&self) -> Vec<LayerTiming> {
         Vec::new()
@@ -333,21 +398,43 @@ pub trait Session: Send {
     }
 }
 
-/// Prepares `model` for `kind`.
+/// Prepares `model` for `kind`: exactly that backend, or for `auto` the fastest that works here ([`fallback::ORDER`]),
+/// with `cpu` behind it if it is a device's.
 ///
 /// # Errors
 /// [`EngineError::Unavailable`] for a backend this build or machine lacks (never for `auto`), and options out of range.
 pub fn prepare(kind: BackendKind, model: &Model, options: &EngineOptions) -> Result<Box<dyn Backend>, EngineError> {
-    let unavailable = |backend| Err(EngineError::Unavailable { backend, reason: "not part of this build".to_owned() });
+    match kind {
+        BackendKind::Auto => fallback::auto(model, options),
+        _ => open(kind, model, options),
+    }
+}
+
+/// As [`prepare`], for a service that must not end with a device: `cpu` stands behind a device's backend also when it was
+/// asked for by name.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn prepare_service(
+    kind: BackendKind,
+    model: &Model,
+    options: &EngineOptions,
+) -> Result<Box<dyn Backend>, EngineError> {
+    match kind {
+        BackendKind::Cuda | BackendKind::Tensorrt => {
+            fallback::guarded(kind, open(kind, model, options)?, model, options, None)
+        }
+        _ => prepare(kind, model, options),
+    }
+}
+
+/// Exactly the backend `kind`; `auto` is `cpu` here.
+fn open(kind: BackendKind, model: &Model, options: &EngineOptions) -> Result<Box<dyn Backend>, EngineError> {
     match kind {
         BackendKind::Reference => Ok(Box::new(reference::ReferenceBackend::new(model))),
-        BackendKind::Cpu => Ok(Box::new(cpu::CpuBackend::new(model, options, None)?)),
-        BackendKind::Auto => {
-            let note = "no GPU backend in this build, using cpu";
-            Ok(Box::new(cpu::CpuBackend::new(model, options, Some(note))?))
-        }
+        BackendKind::Cpu | BackendKind::Auto => Ok(Box::new(cpu::CpuBackend::new(model, options, None)?)),
         BackendKind::Tensorrt => Ok(Box::new(tensorrt::TensorrtBackend::new(model, &options.tensorrt)?)),
-        BackendKind::Cuda => unavailable("cuda"),
+        BackendKind::Cuda => Ok(Box::new(cuda::CudaBackend::new(model, options)?)),
     }
 }
 
@@ -422,7 +509,8 @@ mod tests {
         }
         let auto = prepare(BackendKind::Auto, &model, &options).unwrap();
         assert_eq!(auto.name(), "cpu");
-        assert!(auto.note().is_some());
+        let note = auto.note().unwrap();
+        assert!(note.starts_with("using cpu; tensorrt not: ") && note.contains("; cuda not: "), "{note}");
         let cpu = prepare(BackendKind::Cpu, &model, &options).unwrap();
         assert_eq!(cpu.note(), None);
     }

@@ -4,7 +4,7 @@
 //! decode, inference and publish jobs. Invariants: it never blocks on a full queue (what does not fit waits in
 //! bounded backlogs here), so ingest never waits on decoding or inference; a series is judged from the set of its
 //! slices, never from their order; an outcome is published only when the completion rules say so and no slice is
-//! still being decoded; every content of a series is published once.
+//! still being decoded or is not on disk yet; every content of a series is published once.
 //!
 //! Speculation: when a series looks complete its inference starts at once; the outcome waits for completion, and
 //! another slice cancels the run.
@@ -31,7 +31,7 @@ use crate::pipeline::jobs::{
     AheadDone, AheadJob, DecodeJob, DecodeTask, Decoded, DecodedSlice, FromInfer, InferDone, InferJob, Inferred,
     PublishJob, Published, SliceHandle, Timing, ToInfer,
 };
-use crate::pipeline::planes::SharedPlane;
+use crate::pipeline::planes::{SharedPlane, SlicePlane};
 use crate::resample::lung::SliceLung;
 use crate::resample::plan::InPlanePlan;
 use crate::scan::select::{MAX_GRIDS, Selection, SliceFacts, facts, select};
@@ -122,7 +122,7 @@ struct Entry {
     facts: SliceFacts,
     grid: Option<usize>,
     slot: Option<u32>,
-    plane: Option<SharedPlane>,
+    plane: Option<SlicePlane>,
     lung: Option<SliceLung>,
 }
 
@@ -185,6 +185,8 @@ struct Series {
     unreadable: bool,
     /// Offset in the journal after the last record seen.
     covered: u64,
+    /// The same of the last record that is on disk: nothing is published before it is `covered`.
+    durable: u64,
     version: u64,
     published_version: u64,
     publishing: Option<u64>,
@@ -196,6 +198,10 @@ struct Series {
     completed: Option<(Cause, Instant)>,
     job: Option<Job>,
     last_pdata_at: Instant,
+    written_at: Instant,
+    durable_at: Instant,
+    decoded_at: Instant,
+    resampled_at: Instant,
     quiet_since: Instant,
     decode_s: f64,
     resample_s: f64,
@@ -297,6 +303,17 @@ impl Assembler {
                         open.last_pdata_at = Instant::now();
                         open.completed = None;
                     }
+                    Some(series)
+                }
+                Event::Arrival(ToAssembler::Durable { series, at }) => {
+                    if let Some(open) = self.series.get_mut(&series) {
+                        open.durable = open.covered;
+                        open.durable_at = at;
+                    }
+                    Some(series)
+                }
+                Event::Arrival(ToAssembler::Undone { series }) => {
+                    self.undone(&series);
                     Some(series)
                 }
                 Event::Arrival(ToAssembler::Closed { association }) => {
@@ -583,6 +600,7 @@ impl Assembler {
                 lost: 0,
                 unreadable: false,
                 covered: 0,
+                durable: 0,
                 version: 0,
                 published_version: 0,
                 publishing: None,
@@ -593,6 +611,10 @@ impl Assembler {
                 completed: None,
                 job: None,
                 last_pdata_at: Instant::now(),
+                written_at: Instant::now(),
+                durable_at: Instant::now(),
+                decoded_at: Instant::now(),
+                resampled_at: Instant::now(),
                 quiet_since: Instant::now(),
                 decode_s: 0.0,
                 resample_s: 0.0,
@@ -683,6 +705,10 @@ impl Assembler {
         }
         series.covered = arrival.ordinal + 1;
         series.last_pdata_at = arrival.last_pdata_at;
+        series.written_at = arrival.written_at;
+        if recovered {
+            series.durable = series.covered;
+        }
         series.quiet_since = Instant::now();
         if series.recovered_open && !recovered {
             series.recovered_open = false;
@@ -800,6 +826,8 @@ impl Assembler {
         series.in_flight -= 1;
         series.decode_s += decoded.decode_s;
         series.resample_s += decoded.resample_s;
+        series.decoded_at = decoded.decoded_at;
+        series.resampled_at = decoded.resampled_at;
         match decoded.result {
             Ok(DecodedSlice::Filled { slot, plane, lung }) => {
                 let entry = &mut series.entries[decoded.entry];
@@ -1010,6 +1038,9 @@ impl Assembler {
         if !series.job.as_ref().is_some_and(|job| job.done.is_some() && job.version == series.version) {
             return;
         }
+        if series.durable < series.covered {
+            return; // its sync is under way, and its end wakes us
+        }
         let Some(Job { done: Some(result), notes, version, speculative, .. }) = series.job.take() else { return };
         if series.revision >= max_revisions {
             if !series.over_bound {
@@ -1043,6 +1074,10 @@ impl Assembler {
             notes,
             timing: Timing {
                 last_pdata_at: series.last_pdata_at,
+                written_at: series.written_at,
+                durable_at: series.durable_at,
+                decoded_at: series.decoded_at,
+                resampled_at: series.resampled_at,
                 completed_at,
                 decode_s: series.decode_s,
                 resample_s: series.resample_s,
@@ -1050,6 +1085,18 @@ impl Assembler {
         };
         self.publish_backlog.push_back(job);
         self.drain_backlogs();
+    }
+
+    /// Lets a series go that has objects which are not on disk, and reads back from its journal what is. It waits for more
+    /// as after a restart.
+    fn undone(&mut self, key: &StudyHash) {
+        if let Some(series) = self.series.remove(key) {
+            if let Some(job) = &series.job {
+                job.cancel.cancel();
+            }
+            self.deferred.insert(key.clone(), None);
+            self.drain_backlogs();
+        }
     }
 
     /// Lets a complete series go and reads it back from its journal.
@@ -1159,7 +1206,11 @@ impl Series {
         // Entries are filed in the order of arrival.
         let arrival: Vec<u64> = selection.ordered.iter().map(|i| *i as u64).collect();
         let prediction = ahead::predict(&stack.depth_mm, &arrival, count, grid)?;
-        let planes = selection.ordered.iter().map(|i| self.entries[*i].plane.clone()).collect();
+        let planes = selection
+            .ordered
+            .iter()
+            .map(|i| self.entries[*i].plane.as_ref().and_then(SlicePlane::host).cloned())
+            .collect();
         Some((prediction, planes))
     }
 
@@ -1199,5 +1250,137 @@ impl Series {
             });
         }
         Ok((selection, slices))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::JoinHandle;
+
+    use crossbeam_channel::bounded;
+
+    use super::*;
+    use crate::pipeline::ingest::{Durability, JournalOptions};
+    use crate::telemetry::StudyHasher;
+    use crate::volume::journal::{JournalWriter, RecordHead, RecordKind};
+
+    /// An assembler that runs, with the ends of its channels that a test holds.
+    struct Bench {
+        arrivals: Sender<ToAssembler>,
+        publish: Receiver<PublishJob>,
+        arrival: Arrival,
+        thread: Option<JoinHandle<()>>,
+        _others: Vec<Box<dyn std::any::Any>>,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Drop for Bench {
+        fn drop(&mut self) {
+            let _ = self.arrivals.send(ToAssembler::Stop);
+            self.thread.take().unwrap().join().unwrap();
+        }
+    }
+
+    /// With one object that declares itself the only one of its series and is no CT slice, so that nothing is decoded.
+    fn bench() -> Bench {
+        let dir = tempfile::tempdir().unwrap();
+        let hasher = StudyHasher::new([7; 32]);
+        let (study, series) = (hasher.hash("1.2.3"), hasher.hash("1.2.3.4"));
+        let mut writer = JournalWriter::create(&dir.path().join("journal")).unwrap();
+        let head = RecordHead {
+            kind: RecordKind::Dataset,
+            transfer_syntax_uid: "1.2.840.10008.1.2.1",
+            sop_class_uid: "1.2",
+            sop_instance_uid: "1.2.3.4.5",
+            received_unix_ns: 0,
+        };
+        let record = writer.append(&head, &[1; 100]).unwrap();
+        let mut header = SliceHeader::of_series("1.2.3".to_owned(), "1.2.3.4".to_owned());
+        header.sop_instance_uid = "1.2.3.4.5".to_owned();
+        header.series_count_hint = Some(1);
+        let now = Instant::now();
+        let arrival = Arrival {
+            series,
+            study,
+            header: Arc::new(header),
+            transfer_syntax_uid: Arc::from("1.2.840.10008.1.2.1"),
+            record,
+            reader: writer.reader().unwrap(),
+            association: 1,
+            last_pdata_at: now,
+            written_at: now,
+            ordinal: record.offset,
+            first: true,
+            count_is_declared: true,
+        };
+        let (arrivals_tx, arrivals) = bounded(16);
+        let (decode, decode_rx) = bounded(16);
+        let (decoded_tx, decoded) = bounded(16);
+        let (infer, infer_rx) = bounded(1);
+        let (inferred_tx, inferred) = bounded(1);
+        let (publish, publish_rx) = bounded(16);
+        let (published_tx, published) = bounded(16);
+        let options = JournalOptions {
+            series_dir: dir.path().to_path_buf(),
+            threads: 1,
+            durability: Durability::Fsync,
+            max_records_per_series: 100,
+            max_total_bytes: 1 << 30,
+        };
+        let (journals, _) = Journals::start(&options, &hasher, &arrivals_tx).unwrap();
+        let options = AssemblerOptions {
+            series_dir: dir.path().to_path_buf(),
+            completion: CompletionRules { grace_ms: 600_000, idle_ms: 600_000 },
+            limits: GeometryLimits::default(),
+            max_slots: 10,
+            max_open_series: 4,
+            max_revisions: 3,
+            retire_after: Duration::from_secs(600),
+            input_hw: [32, 32],
+            crop_fraction: 1.0,
+            speculate: true,
+            ahead: None,
+        };
+        let channels = AssemblerChannels { arrivals, decode, decoded, infer, inferred, publish, published };
+        let assembler = Assembler::new(options, channels, journals);
+        Bench {
+            arrivals: arrivals_tx,
+            publish: publish_rx,
+            arrival,
+            thread: Some(std::thread::spawn(move || assembler.run())),
+            _others: vec![
+                Box::new(decode_rx),
+                Box::new(decoded_tx),
+                Box::new(infer_rx),
+                Box::new(inferred_tx),
+                Box::new(published_tx),
+                Box::new(writer),
+            ],
+            _dir: dir,
+        }
+    }
+
+    #[test]
+    fn nothing_is_published_that_is_not_on_disk() {
+        let bench = bench();
+        let series = bench.arrival.series.clone();
+        bench.arrivals.send(ToAssembler::Slice(Box::new(bench.arrival.clone()))).unwrap();
+        assert!(bench.publish.recv_timeout(Duration::from_millis(300)).is_err(), "published before its sync");
+        bench.arrivals.send(ToAssembler::Durable { series, at: Instant::now() }).unwrap();
+        let job = bench.publish.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!((job.slices, job.covered), (1, bench.arrival.ordinal + 1));
+    }
+
+    #[test]
+    fn what_a_failed_sync_took_back_is_forgotten_and_may_come_again() {
+        let bench = bench();
+        let series = bench.arrival.series.clone();
+        bench.arrivals.send(ToAssembler::Slice(Box::new(bench.arrival.clone()))).unwrap();
+        bench.arrivals.send(ToAssembler::Undone { series: series.clone() }).unwrap();
+        assert!(bench.publish.recv_timeout(Duration::from_millis(300)).is_err(), "it is not on disk");
+        bench.arrivals.send(ToAssembler::Slice(Box::new(bench.arrival.clone()))).unwrap();
+        assert!(bench.publish.recv_timeout(Duration::from_millis(300)).is_err(), "published before its sync");
+        bench.arrivals.send(ToAssembler::Durable { series, at: Instant::now() }).unwrap();
+        assert_eq!(bench.publish.recv_timeout(Duration::from_secs(10)).unwrap().slices, 1);
     }
 }

@@ -12,6 +12,10 @@
 //! journal thread owns its journals alone, so there is no lock. Several associations waiting on one thread share one
 //! sync (group commit, at most [`GROUP_COMMIT`] records).
 //!
+//! The assembler hears of a record when it is written, so that decoding, and the network after the last slice, go on while
+//! the disk works; it publishes nothing before it hears that the record is on disk ([`ToAssembler::Durable`]), and lets a
+//! series go whose sync failed ([`ToAssembler::Undone`]).
+//!
 //! Deliberately absent: pixel decoding.
 
 use std::collections::{HashMap, HashSet};
@@ -82,6 +86,8 @@ pub struct Arrival {
     pub association: u64,
     /// When its last P-DATA byte was read.
     pub last_pdata_at: Instant,
+    /// When its record was written, to be synced next.
+    pub written_at: Instant,
     /// Its place: the offset of its record in the journal. Rises with every record and never changes.
     pub ordinal: u64,
     /// Whether it is the first data set of its journal.
@@ -132,6 +138,18 @@ pub enum ToAssembler {
         study: StudyHash,
         /// Its identifiers.
         header: Arc<SliceHeader>,
+    },
+    /// Every object of the series sent before is on disk.
+    Durable {
+        /// Hash of the SeriesInstanceUID.
+        series: StudyHash,
+        /// Since when.
+        at: Instant,
+    },
+    /// Objects of the series sent since the last [`ToAssembler::Durable`] are not on disk, and their senders hear so.
+    Undone {
+        /// Hash of the SeriesInstanceUID.
+        series: StudyHash,
     },
     /// An object that is there already came again: its sender is still at work.
     Seen {
@@ -408,9 +426,17 @@ impl JournalThread {
         }
     }
 
-    /// Syncs the journals touched, then forwards and answers.
+    /// Tells the assembler what was written, syncs the journals touched, tells it so, and answers.
     fn commit(&mut self, group: &mut Vec<Appended>, touched: &mut Vec<StudyHash>) {
         let started = Instant::now();
+        for appended in group.iter_mut().filter(|a| a.status == StoreStatus::Success) {
+            if let Some(message @ ToAssembler::Slice(_)) =
+                appended.forward.take_if(|m| matches!(m, ToAssembler::Slice(_)))
+            {
+                // Nobody there: shutting down. The record is safe and comes back at the next start.
+                let _ = self.assembler.send(message);
+            }
+        }
         let mut failed: Vec<StudyHash> = Vec::new();
         if self.options.durability == Durability::Fsync {
             for series in touched.iter() {
@@ -430,15 +456,22 @@ impl JournalThread {
                 }
             }
         }
+        let durable_at = Instant::now();
         if !touched.is_empty() {
-            events::StageTimed { stage: Stage::Journal, took: started.elapsed() }.emit();
+            events::StageTimed { stage: Stage::Journal, took: durable_at.duration_since(started) }.emit();
         }
-        touched.clear();
+        for series in touched.drain(..) {
+            let message = if failed.contains(&series) {
+                ToAssembler::Undone { series }
+            } else {
+                ToAssembler::Durable { series, at: durable_at }
+            };
+            let _ = self.assembler.send(message);
+        }
         for Appended { request, mut status, forward } in group.drain(..) {
             if status == StoreStatus::Success && failed.contains(&request.series) {
                 status = StoreStatus::OutOfResources;
             } else if let Some(message) = forward {
-                // Nobody there: shutting down. The record is safe and comes back at the next start.
                 let _ = self.assembler.send(message);
             }
             let _ = request.reply.send((status, request.dataset));
@@ -528,6 +561,7 @@ impl JournalThread {
             reader: journal.reader.clone(),
             association: request.association,
             last_pdata_at: request.last_pdata_at,
+            written_at: Instant::now(),
             ordinal: record.offset,
             first,
             count_is_declared: request.count_is_declared,
@@ -645,6 +679,7 @@ impl JournalThread {
             reader: reader.clone(),
             association: RECOVERED,
             last_pdata_at: Instant::now(),
+            written_at: Instant::now(),
             ordinal: record.offset,
             first,
             count_is_declared: false,
@@ -944,6 +979,72 @@ impl HandlerFactory for StoreFactory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What became of `count` objects of one series in one group, the last sync failing if told: messages, statuses.
+    fn committed(count: usize, fails: bool) -> (Vec<String>, Vec<StoreStatus>) {
+        let dir = tempfile::tempdir().unwrap();
+        let hasher = StudyHasher::new([7; 32]);
+        let (assembler, heard) = bounded(64);
+        let mut thread = JournalThread {
+            options: JournalOptions {
+                series_dir: dir.path().to_path_buf(),
+                threads: 1,
+                durability: Durability::Fsync,
+                max_records_per_series: 100,
+                max_total_bytes: 1 << 30,
+            },
+            hasher: hasher.clone(),
+            open: HashMap::new(),
+            broken: HashSet::new(),
+            uses: 0,
+            assembler,
+            total_bytes: Arc::default(),
+        };
+        let (study, series) = (hasher.hash("1.2.3"), hasher.hash("1.2.3.4"));
+        let mut group = Vec::new();
+        let mut answers = Vec::new();
+        for n in 0..count {
+            let (reply, answer) = bounded(1);
+            answers.push(answer);
+            let mut header = SliceHeader::of_series("1.2.3".to_owned(), "1.2.3.4".to_owned());
+            header.sop_instance_uid = format!("1.2.3.4.{n}");
+            group.push(thread.append(Box::new(AppendRequest {
+                series: series.clone(),
+                study: study.clone(),
+                header: Arc::new(header),
+                transfer_syntax_uid: Arc::from("1.2.840.10008.1.2.1"),
+                dataset: vec![n as u8; 100],
+                association: 1,
+                last_pdata_at: Instant::now(),
+                count_is_declared: false,
+                reply,
+            })));
+        }
+        if fails {
+            thread.open.get_mut(&series).unwrap().writer.fail_syncs();
+        }
+        thread.commit(&mut group, &mut vec![series]);
+        let messages = heard
+            .try_iter()
+            .map(|message| match message {
+                ToAssembler::Slice(arrival) => arrival.header.sop_instance_uid.clone(),
+                ToAssembler::Durable { .. } => "durable".to_owned(),
+                ToAssembler::Undone { .. } => "undone".to_owned(),
+                other => format!("{other:?}"),
+            })
+            .collect();
+        (messages, answers.iter().map(|a| a.recv().unwrap().0).collect())
+    }
+
+    #[test]
+    fn the_assembler_hears_of_a_record_before_its_sync_and_of_the_sync_after_it() {
+        let (messages, statuses) = committed(2, false);
+        assert_eq!(messages, ["1.2.3.4.0", "1.2.3.4.1", "durable"]);
+        assert_eq!(statuses, [StoreStatus::Success; 2]);
+        let (messages, statuses) = committed(2, true);
+        assert_eq!(messages, ["1.2.3.4.0", "1.2.3.4.1", "undone"]);
+        assert_eq!(statuses, [StoreStatus::OutOfResources; 2]);
+    }
 
     #[test]
     fn an_identity_counts_only_whole_and_in_its_place() {

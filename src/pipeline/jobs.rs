@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::dicom::header::SliceHeader;
 use crate::engine::{CancelToken, Inference, Reuse};
 use crate::explain::Cam;
-use crate::pipeline::planes::SharedPlane;
+use crate::pipeline::planes::{SharedPlane, SlicePlane};
 use crate::resample::lung::{LungReport, SliceLung};
 use crate::resample::plan::{DepthPlan, InPlanePlan};
 use crate::telemetry::StudyHash;
@@ -69,6 +69,10 @@ pub struct Decoded {
     pub decode_s: f64,
     /// Seconds of in-plane resampling.
     pub resample_s: f64,
+    /// When its HU were there.
+    pub decoded_at: Instant,
+    /// When it was resampled, or on its way to be.
+    pub resampled_at: Instant,
 }
 
 /// A decoded slice, by handle.
@@ -79,7 +83,7 @@ pub enum DecodedSlice {
         /// Slot in the series' volume.
         slot: u32,
         /// The in-plane resampled slice, if the pool had room.
-        plane: Option<SharedPlane>,
+        plane: Option<SlicePlane>,
         /// What the lung check saw.
         lung: SliceLung,
     },
@@ -97,7 +101,7 @@ pub struct SliceHandle {
     /// Its slot there.
     pub slot: u32,
     /// Resampled already, unless the pool was empty.
-    pub plane: Option<SharedPlane>,
+    pub plane: Option<SlicePlane>,
     /// What the lung check saw.
     pub lung: SliceLung,
 }
@@ -197,6 +201,12 @@ pub struct Judged {
     pub depth: DepthPlan,
     /// Where the rows and columns lie (of the middle slice).
     pub in_plane: InPlanePlan,
+    /// The backend that ran the network, where it may be another than the configured one.
+    pub ran_on: Option<&'static str>,
+    /// When work on it began.
+    pub started_at: Instant,
+    /// When it was done.
+    pub ended_at: Instant,
     /// Seconds of gathering along depth (with in-plane resampling where it had to be done again).
     pub gather_s: f64,
     /// Seconds of the network.
@@ -228,12 +238,86 @@ pub struct Inferred {
 pub struct Timing {
     /// When the last P-DATA byte of the last slice was read.
     pub last_pdata_at: Instant,
+    /// When the last slice was written to its journal.
+    pub written_at: Instant,
+    /// When the last slice was on disk.
+    pub durable_at: Instant,
+    /// When the last slice's HU were there.
+    pub decoded_at: Instant,
+    /// When the last slice was resampled, or on its way to be.
+    pub resampled_at: Instant,
     /// When the series was found complete.
     pub completed_at: Instant,
     /// Seconds of decoding, all slices.
     pub decode_s: f64,
     /// Seconds of in-plane resampling, all slices.
     pub resample_s: f64,
+}
+
+/// Where the time from the last P-DATA byte of the last slice to the alert's commit went, seconds, in order. The sum is
+/// *last slice to alert* where nothing was done before the last slice was there and nobody waited for completion.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Breakdown {
+    /// Header and append.
+    pub journal_s: f64,
+    /// Reading back and pixels to HU, with the wait for a worker.
+    pub decode_s: f64,
+    /// In-plane resampling, or its start on a device.
+    pub resample_s: f64,
+    /// Choice of the slices, geometry, hand-over to the inference worker, and the wait for it.
+    pub start_s: f64,
+    /// Gathering along depth, or its start on a device.
+    pub gather_s: f64,
+    /// The network.
+    pub network_s: f64,
+    /// The activation map.
+    pub explain_s: f64,
+    /// Waiting for the sync of the last slice, which began when it was written.
+    pub sync_wait_s: f64,
+    /// Hand-over to the publisher.
+    pub hand_over_s: f64,
+    /// Calibration, policy, commit.
+    pub commit_s: f64,
+    /// The whole sync of the last slice; no part of the sum.
+    pub sync_s: f64,
+}
+
+impl Breakdown {
+    /// From the times of a judged series, `publishing` and `committed` being the publisher's.
+    pub fn new(timing: &Timing, judged: &Judged, publishing: Instant, committed: Instant) -> Self {
+        // Work done before its turn counts nothing: each step begins where the one before it ended.
+        let since = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64();
+        Self {
+            journal_s: since(timing.last_pdata_at, timing.written_at),
+            decode_s: since(timing.written_at, timing.decoded_at),
+            resample_s: since(timing.decoded_at, timing.resampled_at),
+            start_s: since(timing.resampled_at, judged.started_at),
+            gather_s: judged.gather_s,
+            network_s: judged.infer_s,
+            explain_s: judged.cam_s,
+            sync_wait_s: since(judged.ended_at, timing.durable_at),
+            hand_over_s: since(judged.ended_at.max(timing.durable_at), publishing),
+            commit_s: since(publishing, committed),
+            sync_s: since(timing.written_at, timing.durable_at),
+        }
+    }
+
+    /// Names and values, in order.
+    pub fn parts(&self) -> [(&'static str, f64); 11] {
+        [
+            ("journal", self.journal_s),
+            ("decode", self.decode_s),
+            ("resample", self.resample_s),
+            ("start", self.start_s),
+            ("gather", self.gather_s),
+            ("network", self.network_s),
+            ("explain", self.explain_s),
+            ("sync_wait", self.sync_wait_s),
+            ("hand_over", self.hand_over_s),
+            ("commit", self.commit_s),
+            ("(sync)", self.sync_s),
+        ]
+    }
 }
 
 /// An outcome to be published.

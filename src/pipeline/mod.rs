@@ -7,6 +7,7 @@
 
 pub mod ahead;
 pub mod assembler;
+pub mod device;
 pub mod folder;
 pub mod ingest;
 pub mod jobs;
@@ -28,7 +29,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use crate::config::Config;
 use crate::dicom::scp::{ScpError, ScpServer};
 use crate::engine::priority::lower_this_thread;
-use crate::engine::{Backend, EngineError, prepare};
+use crate::engine::{Backend, EngineError, prepare_service};
 use crate::model::{Model, ModelError};
 use crate::report::calibration::CalibrationError;
 use crate::report::outbox::Outbox;
@@ -37,6 +38,7 @@ use crate::telemetry::{HasherError, MetricsError, MetricsHandle, StudyHasher, ev
 use crate::web::{WebError, WebServer, WebState};
 
 use assembler::{Assembler, AssemblerChannels, AssemblerOptions};
+use device::{BackendState, DeviceMail};
 use folder::FolderWatcher;
 use ingest::{Entrance, JournalOptions, Journals, StoreFactory, ToAssembler};
 use planes::PlanePool;
@@ -196,7 +198,7 @@ impl Daemon {
         model: &Model,
         observer: Option<Sender<ResultNotice>>,
     ) -> Result<Self, StartError> {
-        let backend = prepare(config.model.backend, model, &config.model.engine_options())?;
+        let backend = prepare_service(config.model.backend, model, &config.model.engine_options())?;
         Self::start_on(config, model, backend.as_ref(), observer)
     }
 
@@ -220,7 +222,7 @@ impl Daemon {
         let hasher = StudyHasher::load_or_create(&data_dir.join("hash.key"))?;
         let store = Store::open(&data_dir.join("darnet.sqlite"))?;
         let backend_name = backend.name();
-        let backend_note = backend.note().map(str::to_owned);
+        let backend_state = BackendState::new(backend_name, backend.note());
         let ended = Ended::default();
 
         let (arrivals_tx, arrivals) = bounded(ARRIVALS);
@@ -253,19 +255,26 @@ impl Daemon {
             spawn(format!("decode-{n}"), Box::new(move || workers::decode_worker(&jobs, &next, &back)))?;
         }
         drop((decode, resample_tx));
-        let judge = judge(model, backend)?;
+        let mut judge = judge(model, backend)?;
         let window = judge.window();
+        let mut mails = Vec::new();
         for n in 0..or_cores(config.assembly.resample_threads) {
-            let (jobs, back, pool) = (resample.clone(), decoded_tx.clone(), pool.clone());
-            spawn(format!("resample-{n}"), Box::new(move || workers::resample_worker(&jobs, &back, &pool, &window)))?;
+            let (jobs, back, pool, mail) = (resample.clone(), decoded_tx.clone(), pool.clone(), DeviceMail::default());
+            mails.push(mail.clone());
+            let body = move || workers::resample_worker(&jobs, &back, &pool, &window, &mail);
+            spawn(format!("resample-{n}"), Box::new(body))?;
         }
+        judge.use_device(config.assembly.plane_cache_slices, mails);
+        // Without it nobody need gather for a guess.
+        let computes_ahead = config.assembly.compute_ahead && judge.computes_ahead();
         drop((resample, decoded_tx));
         let nice = config.model.nice;
+        let state = backend_state.clone();
         let infer = move || {
             if let Err(error) = lower_this_thread(nice) {
                 incidents::PriorityKept { detail: &error.kind().to_string() }.emit();
             }
-            workers::infer_worker(&infer, &inferred_tx, judge);
+            workers::infer_worker(&infer, &inferred_tx, judge, &state);
         };
         spawn("infer".to_owned(), Box::new(infer))?;
 
@@ -296,7 +305,7 @@ impl Daemon {
                 input_hw: [height, width],
                 crop_fraction: model.manifest.preprocessing.crop_fraction,
                 speculate: config.assembly.speculate,
-                ahead: config.assembly.compute_ahead.then_some(ahead::Grid {
+                ahead: computes_ahead.then_some(ahead::Grid {
                     depth_grid: model.manifest.preprocessing.depth_grid,
                     direction: model.manifest.preprocessing.slice_direction,
                     planes: architecture.input_dhw[0],
@@ -341,7 +350,7 @@ impl Daemon {
             &config.web,
             WebState {
                 metrics,
-                readiness: pages::readiness(&data_dir, &running.ended, backend_note),
+                readiness: pages::readiness(&data_dir, &running.ended, backend_state),
                 store: store.clone(),
                 extra: Some(pages::router(&results_dir)),
             },
@@ -351,6 +360,7 @@ impl Daemon {
             commit: option_env!("DARNET_COMMIT").unwrap_or("unknown"),
             backend: backend_name,
             instruction_set: backend.instruction_set(),
+            choice: backend.note().unwrap_or("as configured"),
             model: &model.manifest.id,
             intended_use: &model.manifest.intended_use,
         }

@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use crate::engine::CancelToken;
 use crate::pipeline::jobs::Judged;
+use crate::pipeline::planes::SlicePlane;
 use crate::pipeline::workers::{Judge, VolumeToJudge};
 use crate::scan::dicom::{self, SliceFile};
 use crate::scan::pictures::{self, Grey};
@@ -211,7 +212,7 @@ fn of_file(loaded: Result<Loaded, Refusal>, limits: &GeometryLimits) -> (usize, 
 fn judge_scan(judge: &mut Judge, scan: Scan) -> Result<Box<JudgedSeries>, Refusal> {
     let lung = scan.lung();
     let slices: Vec<&[i16]> = scan.hu.iter().map(Vec::as_slice).collect();
-    let planes = vec![None; slices.len()];
+    let planes: Vec<Option<SlicePlane>> = vec![None; slices.len()];
     let cancel = CancelToken::new();
     let volume = VolumeToJudge { stack: &scan.stack, hu: &slices, planes: &planes, lung: &lung, cancel: &cancel };
     let judged = judge.judge(&volume)?.ok_or_else(|| Refusal::new(Reason::Internal, "the run was cancelled"))?;

@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 
 use crate::pipeline::Ended;
+use crate::pipeline::device::BackendState;
 use crate::telemetry::StudyHash;
 use crate::web::{Check, Readiness};
 
@@ -19,10 +20,9 @@ use crate::web::{Check, Readiness};
 pub const MIN_FREE_BYTES: u64 = 2 << 30;
 
 /// The checks behind `/readyz`.
-pub fn readiness(data_dir: &Path, ended: &Ended, backend_note: Option<String>) -> Arc<dyn Readiness> {
+pub fn readiness(data_dir: &Path, ended: &Ended, backend: BackendState) -> Arc<dyn Readiness> {
     let data_dir = data_dir.to_path_buf();
     let ended = ended.clone();
-    let backend_note = backend_note.unwrap_or_else(|| "as configured".to_owned());
     Arc::new(move || {
         let running = !ended.any();
         let free = rustix::fs::statvfs(&data_dir).map(|s| s.f_bavail.saturating_mul(s.f_frsize));
@@ -31,7 +31,7 @@ pub fn readiness(data_dir: &Path, ended: &Ended, backend_note: Option<String>) -
             Err(error) => Check::new("disk", false, format!("look at the data folder: {error}")),
         };
         let threads = if running { "every thread runs" } else { "a thread ended" };
-        vec![Check::new("pipeline", running, threads), disk, Check::new("backend", true, backend_note.clone())]
+        vec![Check::new("pipeline", running, threads), disk, Check::new("backend", true, backend.describe())]
     })
 }
 

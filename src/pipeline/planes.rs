@@ -2,10 +2,15 @@
 //!
 //! Every buffer is made at start-up (the kernel backs it with memory on first use only) and goes back by itself when
 //! its last holder drops it. An empty pool is no error: the caller resamples that slice again when it is needed.
+//!
+//! Where the network runs on a device that takes its input there, slices are resampled on it ([`crate::resample::cuda`])
+//! and a [`SlicePlane`] is a handle of the device's pool.
 
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::resample::cuda::DevicePlane;
 
 /// One in-plane resampled slice, `H x W` f32, shared read-only; returns to its pool on drop.
 #[derive(Debug)]
@@ -65,6 +70,33 @@ impl PlanePool {
 
 /// A finished plane, shared.
 pub type SharedPlane = Arc<Plane>;
+
+/// An in-plane resampled slice, wherever it lies. Both kinds have the same bits.
+#[derive(Clone, Debug)]
+pub enum SlicePlane {
+    /// In memory.
+    Host(SharedPlane),
+    /// On the device that the network runs on.
+    Device(DevicePlane),
+}
+
+impl SlicePlane {
+    /// The plane, if it lies in memory.
+    pub fn host(&self) -> Option<&SharedPlane> {
+        match self {
+            Self::Host(plane) => Some(plane),
+            Self::Device(_) => None,
+        }
+    }
+
+    /// The plane, if it lies on a device.
+    pub fn device(&self) -> Option<&DevicePlane> {
+        match self {
+            Self::Device(plane) => Some(plane),
+            Self::Host(_) => None,
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {

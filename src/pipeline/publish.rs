@@ -22,7 +22,7 @@ use crate::explain::{CamGeometry, RenderOptions, SeriesToExplain, explain_series
 use crate::model::Model;
 use crate::pipeline::StartError;
 use crate::pipeline::ingest::{Journals, PublishedNote};
-use crate::pipeline::jobs::{Inferred, PublishJob, Published};
+use crate::pipeline::jobs::{Breakdown, Inferred, PublishJob, Published};
 use crate::report::calibration::Calibration;
 use crate::report::outbox::{Outbox, SystemClock};
 use crate::report::outcome::{
@@ -220,6 +220,8 @@ pub struct ResultNotice {
     pub infer_s: f64,
     /// Share of what can be computed ahead that was, if anything can be.
     pub reused_share: Option<f64>,
+    /// Where the time went; none without a result.
+    pub breakdown: Option<Breakdown>,
     /// Where the pictures will be.
     pub results_dir: PathBuf,
     /// Closed when the pictures are made.
@@ -462,7 +464,8 @@ impl Publisher {
                 return message;
             }
         };
-        let last_slice_to_alert = job.timing.last_pdata_at.elapsed();
+        let committed_at = Instant::now();
+        let last_slice_to_alert = committed_at.saturating_duration_since(job.timing.last_pdata_at);
         self.outbox.kick();
         events::StageTimed { stage: Stage::Publish, took: started.elapsed() }.emit();
         message.revision = committed.revision;
@@ -494,12 +497,20 @@ impl Publisher {
             };
             self.journals.note(job.series.clone(), note);
         }
-        self.after(job, &report, committed, last_slice_to_alert);
+        self.after(job, &report, committed, (started, committed_at));
         message
     }
 
     /// Pictures and observers, after the alert.
-    fn after(&mut self, job: PublishJob, report: &SeriesReport, committed: Committed, last_slice_to_alert: Duration) {
+    fn after(
+        &mut self,
+        job: PublishJob,
+        report: &SeriesReport,
+        committed: Committed,
+        (started, committed_at): (Instant, Instant),
+    ) {
+        let last_slice_to_alert = committed_at.saturating_duration_since(job.timing.last_pdata_at);
+        let breakdown = job.result.as_ref().ok().map(|i| Breakdown::new(&job.timing, &i.judged, started, committed_at));
         let dir = self.results_dir.join(job.series.as_str()).join(committed.revision.to_string());
         let (done, rendered) = bounded(0);
         let completion_wait = job.timing.completed_at.duration_since(job.timing.last_pdata_at);
@@ -530,6 +541,7 @@ impl Publisher {
                 completion_wait_s: completion_wait.as_secs_f64(),
                 infer_s,
                 reused_share,
+                breakdown,
                 results_dir: dir,
                 rendered,
             };
@@ -588,7 +600,7 @@ impl Publisher {
         let mut document = ResultDocument::new(
             &job.study,
             self.model.clone(),
-            self.backend,
+            job.result.as_ref().ok().and_then(|i| i.judged.ran_on).unwrap_or(self.backend),
             job.cause.as_str(),
             // Decided anew when it is known whether the result is live.
             self.policy.decide(report, &self.calibration, false),
@@ -715,6 +727,8 @@ impl Renderer {
                 kept = Instant::now();
             }
             self.metrics.upkeep();
+            // A commit does it when this fails again and again.
+            let _ = self.store.checkpoint();
             match self.jobs.recv_timeout(UPKEEP) {
                 Ok(job) => self.render(&job),
                 Err(RecvTimeoutError::Timeout) => {}

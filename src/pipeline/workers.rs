@@ -10,18 +10,21 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use crate::dicom::decode::PixelDecoder;
+use crate::engine::fallback::DeviceNews;
 use crate::engine::{CancelToken, EngineError, Inference, Session};
-use crate::explain::class_activation_map;
+use crate::explain::{Cam, class_activation_map};
 use crate::model::manifest::Preprocessing;
+use crate::pipeline::device::{BackendState, DeviceMail, DeviceStage};
 use crate::pipeline::jobs::{
     AheadDone, AheadJob, DecodeJob, DecodeTask, Decoded, DecodedSlice, FromInfer, InferDone, InferJob, Inferred,
     Judged, ToInfer,
 };
-use crate::pipeline::planes::{PlanePool, SharedPlane};
+use crate::pipeline::planes::{PlanePool, SharedPlane, SlicePlane};
 use crate::resample::cpu::{SlicesToGather, Window, gather_plane, gather_slices, in_plane};
+use crate::resample::cuda::{DevicePlane, GpuResampler};
 use crate::resample::lung::{self, LungCheck, SliceLung};
 use crate::resample::plan::{DepthPlan, InPlanePlan};
 use crate::telemetry::events::{self, Stage};
@@ -36,7 +39,11 @@ pub struct ResampleJob {
     plan: Arc<InPlanePlan>,
     slot: u32,
     decode_s: f64,
+    decoded_at: Instant,
 }
+
+/// How often a failed device is looked after while nothing else is to be done.
+const TEND_EVERY: Duration = Duration::from_secs(1);
 
 fn contained<T>(work: impl FnOnce() -> Result<T, Refusal>) -> Result<T, Refusal> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
@@ -53,11 +60,12 @@ pub fn decode_worker(jobs: &Receiver<DecodeJob>, resample: &Sender<ResampleJob>,
     while let Ok(job) = jobs.recv() {
         let started = Instant::now();
         let result = contained(|| decode(&job, &mut decoder, &mut payload, &mut again));
-        let decode_s = started.elapsed().as_secs_f64();
+        let decoded_at = Instant::now();
+        let decode_s = decoded_at.duration_since(started).as_secs_f64();
         events::StageTimed { stage: Stage::Decode, took: Duration::from_secs_f64(decode_s) }.emit();
         let answer = match result {
             Ok(Step::Resample { plan, slot }) => {
-                if resample.send(ResampleJob { decode: job, plan, slot, decode_s }).is_err() {
+                if resample.send(ResampleJob { decode: job, plan, slot, decode_s, decoded_at }).is_err() {
                     return;
                 }
                 continue;
@@ -74,6 +82,8 @@ pub fn decode_worker(jobs: &Receiver<DecodeJob>, resample: &Sender<ResampleJob>,
             result: answer,
             decode_s,
             resample_s: 0.0,
+            decoded_at,
+            resampled_at: decoded_at,
         };
         if decoded.send(message).is_err() {
             return;
@@ -124,14 +134,27 @@ fn slot_pixels(volume: &VolumeFile, slot: u32) -> Result<&[i16], Refusal> {
     volume.slot(slot).ok_or_else(|| Refusal::new(Reason::Internal, "a slot of the volume is not published"))
 }
 
-/// One in-plane resampling worker; ends when its queue closes.
-pub fn resample_worker(jobs: &Receiver<ResampleJob>, decoded: &Sender<Decoded>, pool: &PlanePool, window: &Window) {
+/// One in-plane resampling worker; ends when its queue closes. Planes are made on the device that `mail` names, if any;
+/// when that fails, in memory until `mail` names another.
+pub fn resample_worker(
+    jobs: &Receiver<ResampleJob>,
+    decoded: &Sender<Decoded>,
+    pool: &PlanePool,
+    window: &Window,
+    mail: &DeviceMail,
+) {
     let mut scratch: Vec<f32> = Vec::new();
+    let mut device: Option<Arc<GpuResampler>> = None;
     let mut check: Option<(u32, u32, LungCheck)> = None;
     while let Ok(job) = jobs.recv() {
         let started = Instant::now();
+        if let Some(named) = mail.take() {
+            device = named;
+        }
         let result = contained(|| {
             let hu = slot_pixels(&job.decode.volume, job.slot)?;
+            // First, so that the copy to the device goes on while the rest is looked at.
+            let on_device = on_device(&mut device, &job.plan, hu);
             let (rows, columns) = (job.decode.volume.rows(), job.decode.volume.columns());
             if check.as_ref().is_none_or(|(r, c, _)| (*r, *c) != (rows, columns)) {
                 check = Some((rows, columns, LungCheck::new(rows, columns)));
@@ -139,14 +162,18 @@ pub fn resample_worker(jobs: &Receiver<ResampleJob>, decoded: &Sender<Decoded>, 
             let spacing = job.decode.header.geometry.as_ref().map_err(Clone::clone)?.pixel_spacing_mm;
             let (_, _, check) = check.as_mut().expect("made above");
             let lung = check.slice_stats(hu, spacing);
-            let plane = pool.take().map(|mut plane| {
-                scratch.resize(job.plan.scratch_len().max(scratch.len()), 0.0);
-                in_plane(&job.plan, window, hu, &mut scratch, plane.values_mut());
-                Arc::new(plane)
-            });
+            let in_memory = || {
+                pool.take().map(|mut plane| {
+                    scratch.resize(job.plan.scratch_len().max(scratch.len()), 0.0);
+                    in_plane(&job.plan, window, hu, &mut scratch, plane.values_mut());
+                    SlicePlane::Host(Arc::new(plane))
+                })
+            };
+            let plane = on_device.map(SlicePlane::Device).or_else(in_memory);
             Ok(DecodedSlice::Filled { slot: job.slot, plane, lung })
         });
-        let resample_s = started.elapsed().as_secs_f64();
+        let resampled_at = Instant::now();
+        let resample_s = resampled_at.duration_since(started).as_secs_f64();
         events::StageTimed { stage: Stage::Resample, took: Duration::from_secs_f64(resample_s) }.emit();
         let message = Decoded {
             series: job.decode.series,
@@ -155,9 +182,23 @@ pub fn resample_worker(jobs: &Receiver<ResampleJob>, decoded: &Sender<Decoded>, 
             result,
             decode_s: job.decode_s,
             resample_s,
+            decoded_at: job.decoded_at,
+            resampled_at,
         };
         if decoded.send(message).is_err() {
             return;
+        }
+    }
+}
+
+/// The plane of a slice on the device, if there is one that works.
+fn on_device(device: &mut Option<Arc<GpuResampler>>, plan: &InPlanePlan, hu: &[i16]) -> Option<DevicePlane> {
+    match device.as_ref()?.resample(plan, hu) {
+        Ok(plane) => plane,
+        Err(error) => {
+            events::DeviceResamplingFailed { detail: &error.to_string() }.emit();
+            *device = None;
+            None
         }
     }
 }
@@ -172,6 +213,8 @@ pub struct Judge {
     scratch: Vec<f32>,
     /// The guess that `input` was gathered for ahead of a run, and the planes that were.
     gathered: Option<(u64, Vec<bool>)>,
+    /// Fills the session's input where it lies.
+    device: DeviceStage,
 }
 
 /// A volume ready for [`Judge::judge`].
@@ -181,7 +224,7 @@ pub struct VolumeToJudge<'a> {
     /// HU of each slice, feet first.
     pub hu: &'a [&'a [i16]],
     /// In-plane resampled slices made earlier, where there are any.
-    pub planes: &'a [Option<&'a [f32]>],
+    pub planes: &'a [Option<SlicePlane>],
     /// The lung check of each slice.
     pub lung: &'a [SliceLung],
     /// Set when the run is to stop.
@@ -204,7 +247,37 @@ impl Judge {
             input: vec![0.0; input_dhw.iter().product()],
             scratch: Vec::new(),
             gathered: None,
+            device: DeviceStage::default(),
         }
+    }
+
+    /// Has slices resampled where the session takes its input, if that is a device: up to `slots` of them at a time, by
+    /// the workers that read `mail`.
+    pub fn use_device(&mut self, slots: usize, mail: Vec<DeviceMail>) {
+        self.device = DeviceStage::new(slots, mail, self.window(), self.input_dhw);
+        self.device.follow(self.session.as_ref());
+    }
+
+    /// Whether slices are resampled on a device now.
+    pub fn resamples_on_device(&self) -> bool {
+        self.device.is_used()
+    }
+
+    /// Whether the session does anything in [`Judge::advance`].
+    pub fn computes_ahead(&self) -> bool {
+        self.session.computes_ahead()
+    }
+
+    /// Whether a device failed and another backend stands in.
+    pub fn is_degraded(&self) -> bool {
+        self.session.is_degraded()
+    }
+
+    /// What became of the session's device; to be called after a run, and about once a second while it is degraded.
+    pub fn news(&mut self) -> Vec<DeviceNews> {
+        let news = self.session.news();
+        self.device.follow(self.session.as_ref());
+        news
     }
 
     /// The manifest's preprocessing.
@@ -236,12 +309,39 @@ impl Judge {
         let lung = lung::judge(volume.lung, &stack.depth_mm, &plan)?;
         let depth =
             DepthPlan::new(&stack.depth_mm, self.preprocessing.depth_grid, self.preprocessing.slice_direction, d)?;
-        self.gather(volume, &plan, &depth);
-        let gather_s = started.elapsed().as_secs_f64();
-        let Some(judged) = self.infer(volume.cancel)? else { return Ok(None) };
-        let (inference, cam, infer_s, cam_s) = judged;
-        let reuse = self.session.reuse();
-        Ok(Some(Judged { inference, cam, reuse, lung, depth, in_plane: plan, gather_s, infer_s, cam_s }))
+        self.gathered = None;
+        let mut on_device =
+            stack.shear_px.is_none() && self.device.gather(self.session.as_ref(), volume.planes, &depth);
+        let (inference, cam, gather_s, infer_s, cam_s) = loop {
+            if !on_device {
+                self.gather(volume, &plan, &depth);
+            }
+            let gather_s = started.elapsed().as_secs_f64();
+            match self.infer(volume.cancel, on_device) {
+                Ok((inference, cam, infer_s, cam_s)) => break (inference, cam, gather_s, infer_s, cam_s),
+                Err(EngineError::Cancelled) => return Ok(None),
+                // Another backend stands in, and it takes its input from memory.
+                Err(EngineError::Device { .. } | EngineError::NotFinite) if on_device => on_device = false,
+                Err(error) => return Err(Refusal::new(Reason::Internal, format!("run the network: {error}"))),
+            }
+        };
+        let (reuse, ran_on) = (self.session.reuse(), self.session.ran_on());
+        let ended_at = Instant::now();
+        let judged = Judged {
+            inference,
+            cam,
+            reuse,
+            lung,
+            depth,
+            in_plane: plan,
+            ran_on,
+            started_at: started,
+            ended_at,
+            gather_s,
+            infer_s,
+            cam_s,
+        };
+        Ok(Some(judged))
     }
 
     /// Gathers the planes marked in `ready`, with the sums that [`Judge::judge`] would make, and computes ahead on them.
@@ -292,7 +392,10 @@ impl Judge {
         self.gathered = None;
         let window = self.window();
         let shear_px = volume.stack.shear_px.as_deref();
-        let slices = SlicesToGather { hu: volume.hu, planes: volume.planes, shear_px };
+        let host = |p: &'_ Option<SlicePlane>| p.as_ref().and_then(SlicePlane::host).cloned();
+        let planes: Vec<Option<SharedPlane>> = volume.planes.iter().map(host).collect();
+        let planes: Vec<Option<&[f32]>> = planes.iter().map(|p| p.as_ref().map(|p| p.values())).collect();
+        let slices = SlicesToGather { hu: volume.hu, planes: &planes, shear_px };
         gather_slices(&slices, plan, depth, &window, &mut self.scratch, &mut self.input);
     }
 
@@ -300,28 +403,31 @@ impl Judge {
     ///
     /// # Errors
     /// As [`Judge::judge`].
-    pub fn judge_tensor(&mut self, input: &[f32]) -> Result<(Inference, crate::explain::Cam, f64, f64), Refusal> {
+    pub fn judge_tensor(&mut self, input: &[f32]) -> Result<(Inference, Cam, f64, f64), Refusal> {
         self.gathered = None;
         self.input.copy_from_slice(input);
-        let done = self.infer(&CancelToken::new())?;
-        done.ok_or_else(|| Refusal::new(Reason::Internal, "the run was cancelled"))
+        self.infer(&CancelToken::new(), false)
+            .map_err(|error| Refusal::new(Reason::Internal, format!("run the network: {error}")))
     }
 
-    fn infer(&mut self, cancel: &CancelToken) -> Result<Option<(Inference, crate::explain::Cam, f64, f64)>, Refusal> {
+    /// Runs the network on `input`, or on what was gathered on the device.
+    fn infer(&mut self, cancel: &CancelToken, on_device: bool) -> Result<(Inference, Cam, f64, f64), EngineError> {
         let started = Instant::now();
         let mut inference = Inference::default();
-        match self.session.run(&self.input, cancel, &mut inference) {
-            Ok(()) => {}
-            Err(EngineError::Cancelled) => return Ok(None),
-            Err(error) => return Err(Refusal::new(Reason::Internal, format!("run the network: {error}"))),
-        }
+        let ran = if on_device {
+            self.session.run_device(cancel, &mut inference)
+        } else {
+            self.session.run(&self.input, cancel, &mut inference)
+        };
+        self.device.finish();
+        ran?;
         if inference.logits.iter().any(|v| !v.is_finite()) {
-            return Err(Refusal::new(Reason::Internal, "the network gave a logit that is not finite"));
+            return Err(EngineError::NotFinite);
         }
         let infer_s = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let cam = class_activation_map(&inference, &self.head_weight, predicted(&inference.logits));
-        Ok(Some((inference, cam, infer_s, started.elapsed().as_secs_f64())))
+        Ok((inference, cam, infer_s, started.elapsed().as_secs_f64()))
     }
 }
 
@@ -336,9 +442,22 @@ pub fn predicted(logits: &[f32]) -> usize {
     best
 }
 
-/// The inference worker; ends when its queue closes.
-pub fn infer_worker(jobs: &Receiver<ToInfer>, done: &Sender<FromInfer>, mut judge: Judge) {
-    while let Ok(job) = jobs.recv() {
+/// The inference worker; ends when its queue closes. `state` hears which backend works.
+pub fn infer_worker(jobs: &Receiver<ToInfer>, done: &Sender<FromInfer>, mut judge: Judge, state: &BackendState) {
+    loop {
+        let job = if judge.is_degraded() {
+            match jobs.recv_timeout(TEND_EVERY) {
+                Ok(job) => job,
+                Err(RecvTimeoutError::Timeout) => {
+                    state.hear(judge.news());
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        } else {
+            let Ok(job) = jobs.recv() else { return };
+            job
+        };
         let answer = match job {
             ToInfer::Run(job) => {
                 let result = contained(|| infer_one(&mut judge, &job));
@@ -352,6 +471,8 @@ pub fn infer_worker(jobs: &Receiver<ToInfer>, done: &Sender<FromInfer>, mut judg
         if done.send(answer).is_err() {
             return;
         }
+        // After the answer: nobody waits for it.
+        state.hear(judge.news());
     }
 }
 
@@ -377,7 +498,7 @@ fn infer_one(judge: &mut Judge, job: &InferJob) -> Result<Option<Box<Inferred>>,
     for slice in &job.slices {
         hu.push(slot_pixels(&slice.volume, slice.slot)?);
     }
-    let planes: Vec<Option<&[f32]>> = job.slices.iter().map(|s| s.plane.as_ref().map(|p| p.values())).collect();
+    let planes: Vec<Option<SlicePlane>> = job.slices.iter().map(|s| s.plane.clone()).collect();
     let lung: Vec<SliceLung> = job.slices.iter().map(|s| s.lung).collect();
     let volume = VolumeToJudge { stack: &job.stack, hu: &hu, planes: &planes, lung: &lung, cancel: &job.cancel };
     let Some(judged) = judge.judge(&volume)? else { return Ok(None) };

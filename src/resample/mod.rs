@@ -13,12 +13,14 @@
 //! ordered slice index, never in the order of arrival, and uses separate multiplications and additions. The result is
 //! therefore the same to the bit for any arrival order, any number of threads and any processor.
 //!
-//! [`plan`] holds geometry and weights and touches no pixel; [`cpu`] applies them and allocates nothing; [`lung`] is the
-//! check that what was scanned is a chest and that the crop keeps the lungs.
+//! [`plan`] holds geometry and weights and touches no pixel; [`cpu`] applies them and allocates nothing; [`cuda`] applies
+//! them on a GPU, with the same bits; [`lung`] is the check that what was scanned is a chest and that the crop keeps the
+//! lungs.
 //!
 //! Deliberately absent: interpolation between tilted planes out of their own plane (tilt is sheared out in-plane), any
 //! intensity normalisation besides the window.
 
 pub mod cpu;
+pub mod cuda;
 pub mod lung;
 pub mod plan;

@@ -142,7 +142,7 @@ fn triangle(x: f64) -> f64 {
 }
 
 /// One axis of an [`InPlanePlan`]: for each output, a run of weights over oriented pixels.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Axis {
     /// Oriented pixels along this axis.
     len: usize,
@@ -240,6 +240,11 @@ impl Axis {
         self.max_taps
     }
 
+    /// Whether oriented pixels run against stored ones.
+    pub(super) fn is_flipped(&self) -> bool {
+        self.flip
+    }
+
     /// Stored pixel of an oriented one.
     pub(super) fn stored(&self, oriented: usize) -> usize {
         if self.flip { self.len - 1 - oriented } else { oriented }
@@ -265,7 +270,7 @@ impl Axis {
 }
 
 /// How one stored slice becomes one `h x w` plane: orientation, centre crop, resize, optional constant shift.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct InPlanePlan {
     rows: u32,
     columns: u32,

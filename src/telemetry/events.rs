@@ -71,6 +71,8 @@ pub struct ServerStarted<'a> {
     pub backend: &'a str,
     /// Instruction set of its kernels, if that says anything.
     pub instruction_set: &'a str,
+    /// Why it is this backend.
+    pub choice: &'a str,
     /// Model id.
     pub model: &'a str,
     /// What the model's manifest says it is for.
@@ -85,6 +87,7 @@ impl ServerStarted<'_> {
             commit = self.commit,
             backend = self.backend,
             instruction_set = self.instruction_set,
+            choice = self.choice,
             model = self.model,
             intended_use = self.intended_use,
             "server started"
@@ -681,6 +684,74 @@ impl RecoveryDone {
         counter!(names::RECOVERED_SERIES).increment(self.series);
         counter!(names::RECOVERED_SLICES).increment(self.slices);
         counter!(names::RECOVERY_CUT_BYTES).increment(self.cut_bytes);
+    }
+}
+
+/// A run of the network failed on a device and was done by the cpu backend.
+#[derive(Clone, Copy, Debug)]
+pub struct BackendFell<'a> {
+    /// The device's backend.
+    pub backend: &'static str,
+    /// Its error.
+    pub detail: &'a str,
+    /// Until the device is opened again; none if it stays open.
+    pub retry_in: Option<Duration>,
+}
+
+impl BackendFell<'_> {
+    /// Logs and records.
+    pub fn emit(&self) {
+        let retry_in_s = self.retry_in.map(|wait| wait.as_secs());
+        error!(backend = self.backend, detail = self.detail, retry_in_s, "device failed, cpu stands in");
+        counter!(names::BACKEND_FALLBACKS, "backend" => self.backend).increment(1);
+    }
+}
+
+/// A device that failed was opened again, or could not be.
+#[derive(Clone, Copy, Debug)]
+pub struct BackendRetried<'a> {
+    /// The device's backend.
+    pub backend: &'static str,
+    /// `opened` or `failed`.
+    pub result: &'static str,
+    /// Why not, or how long it was away.
+    pub detail: &'a str,
+}
+
+impl BackendRetried<'_> {
+    /// Logs and records.
+    pub fn emit(&self) {
+        warn!(backend = self.backend, result = self.result, detail = self.detail, "failed device tried again");
+        counter!(names::BACKEND_RETRIES, "backend" => self.backend, "result" => self.result).increment(1);
+    }
+}
+
+/// Whether the cpu backend stands in for a device.
+#[derive(Clone, Copy, Debug)]
+pub struct BackendDegraded {
+    /// Whether it does.
+    pub degraded: bool,
+}
+
+impl BackendDegraded {
+    /// Records; no log line.
+    pub fn emit(&self) {
+        gauge!(names::BACKEND_DEGRADED).set(f64::from(u8::from(self.degraded)));
+    }
+}
+
+/// Resampling on a device failed; it is done in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceResamplingFailed<'a> {
+    /// The device's error.
+    pub detail: &'a str,
+}
+
+impl DeviceResamplingFailed<'_> {
+    /// Logs and records.
+    pub fn emit(&self) {
+        warn!(detail = self.detail, "resampling on the device failed, done in memory");
+        counter!(names::DEVICE_RESAMPLING_FAILED).increment(1);
     }
 }
 

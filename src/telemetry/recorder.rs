@@ -100,6 +100,13 @@ metrics_table! {
     RECOVERED_SERIES = "darnet_recovered_series_total", Counter, [], "Series resumed after a start.";
     RECOVERED_SLICES = "darnet_recovered_slices_total", Counter, [], "Slices found in journals after a start.";
     RECOVERY_CUT_BYTES = "darnet_recovery_cut_bytes_total", Counter, [], "Bytes of torn records cut from journals after a start.";
+    BACKEND_FALLBACKS = "darnet_backend_fallbacks_total", Counter, ["backend"],
+        "Runs of the network that failed on a device and were done by the cpu backend.";
+    BACKEND_RETRIES = "darnet_backend_retries_total", Counter, ["backend", "result"],
+        "Attempts to open a failed device again: opened or failed.";
+    BACKEND_DEGRADED = "darnet_backend_degraded", Gauge, [], "1 while the cpu backend stands in for a device, 0 otherwise.";
+    DEVICE_RESAMPLING_FAILED = "darnet_device_resampling_failures_total", Counter, [],
+        "Failures of resampling on a device; it was done in memory.";
     PANICS = "darnet_panics_total", Counter, ["stage"],
         "Panics contained; each ended one study as no result or one delivery attempt as failed.";
     CONFIG_FAULTS = "darnet_config_faults_total", Counter, [], "Faults found in configurations that were not taken.";

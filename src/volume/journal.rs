@@ -356,6 +356,12 @@ impl JournalWriter {
         }
     }
 
+    /// Has every sync fail from now on.
+    #[cfg(test)]
+    pub(crate) fn fail_syncs(&mut self) {
+        self.fault.sync_fails = true;
+    }
+
     /// Appends a record with one positional vectored write. It is durable after the next [`sync`](Self::sync).
     ///
     /// # Errors

@@ -224,4 +224,26 @@ int cuGraphLaunch(void* graph, void* stream)
     return 0;
 }
 
+// Looked up at the start and called by no test here.
+#define ABSENT(name)                                                                                                  \
+    int name() { wrong(#name " was called"); }
+ABSENT(cuDeviceTotalMem_v2)
+ABSENT(cuCtxSynchronize)
+ABSENT(cuMemGetInfo_v2)
+ABSENT(cuMemcpyDtoDAsync_v2)
+ABSENT(cuMemsetD8Async)
+ABSENT(cuStreamWaitEvent)
+ABSENT(cuEventCreate)
+ABSENT(cuEventDestroy_v2)
+ABSENT(cuEventRecord)
+ABSENT(cuEventQuery)
+ABSENT(cuEventSynchronize)
+ABSENT(cuEventElapsedTime)
+ABSENT(cuModuleLoadData)
+ABSENT(cuModuleUnload)
+ABSENT(cuModuleGetFunction)
+ABSENT(cuFuncSetAttribute)
+ABSENT(cuLaunchKernel)
+ABSENT(cuTensorMapEncodeTiled)
+
 } // extern "C"

@@ -635,6 +635,10 @@ impl Session for CpuSession {
         Ok(())
     }
 
+    fn computes_ahead(&self) -> bool {
+        true
+    }
+
     fn advance(&mut self, input: &[f32], ready: &[bool], cancel: &CancelToken) -> Result<(), EngineError> {
         let shared = Arc::clone(&self.shared);
         let [d, h, w] = shared.plan.input_dhw;

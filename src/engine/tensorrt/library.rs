@@ -7,7 +7,7 @@
 //! nothing made from another outlives that one (`Arc`). The library's log goes to `tracing` under `tensorrt`; its last
 //! errors are kept for the message of a call that fails.
 //!
-//! Deliberately absent: memory and streams of the GPU ([`super::device`]), files ([`super::plan`]).
+//! Deliberately absent: memory and streams of the GPU ([`crate::gpu`]), files ([`super::plan`]).
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -126,7 +126,7 @@ pub enum TensorrtError {
     Plan(#[from] PlanError),
     /// The GPU.
     #[error(transparent)]
-    Device(#[from] super::device::DeviceError),
+    Gpu(#[from] crate::gpu::GpuError),
     /// The model could not be exported for the builder.
     #[error("write the model for the builder: {0}")]
     Export(String),
@@ -596,7 +596,7 @@ impl Library {
         Ok(Built { plan, timing_cache: (!cache.is_empty()).then_some(cache), layers })
     }
 
-    /// Loads a plan. The driver must have been asked first (see [`super::device`]).
+    /// Loads a plan. The driver must have been asked first ([`crate::gpu::Gpu::open`]).
     ///
     /// # Errors
     /// [`TensorrtError::Driver`] where no runtime can be made, [`TensorrtError::Engine`] for a plan it does not take.

@@ -10,11 +10,11 @@
 //!
 //! - [`library`]: the library behind safe types; `shim.cpp` calls it, `layout.h` says how.
 //! - [`plan`]: the plan's file and its key.
-//! - [`device`]: context, stream, buffers, graph.
+//! - [`device`]: what of the GPU is in a key.
 //!
 //! Invariants: nothing of NVIDIA's is linked, and an absent library, driver, GPU or plan is
-//! [`EngineError::Unavailable`]; a plan runs only where its key says; a run has copies and network in one recorded graph
-//! where the library lets itself be recorded, else put on the stream one by one. Scores are the softmax that the other
+//! [`EngineError::Unavailable`]; a plan runs only where its key says; a run is one recorded graph of network and copies
+//! back where the library lets itself be recorded, else call by call. Scores are the softmax that the other
 //! backends use, from the logits. The network itself has four f32 outputs, see [`crate::model::onnx`].
 //!
 //! Deliberately absent: building at start-up unless asked ([`TensorrtOptions::build`]), because a build takes minutes;
@@ -27,10 +27,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use self::device::{Buffer, Device, Graph, Staging, Stream};
+use self::device::DeviceInfo;
 pub use self::library::{BuildOptions, Built, Engine, Execution, Library, OnProgress, Progress, TensorrtError};
 pub use self::plan::{PlanError, PlanKey};
-use super::{Backend, CancelToken, EngineError, Inference, Session, check_input, softmax_into};
+use super::{Backend, CancelToken, DeviceInput, EngineError, Inference, Session, check_input, softmax_into};
+use crate::gpu::{DeviceBuffer, Gpu, Graph, Pinned, Stream};
 use crate::model::onnx::{self, INPUT_NAME, OUTPUT_NAMES, OnnxPrecision};
 use crate::model::{Architecture, Model};
 
@@ -113,7 +114,7 @@ pub fn build(
     model: &Model,
     precision: Precision,
     library: Library,
-    device: Option<&device::DeviceInfo>,
+    device: Option<&DeviceInfo>,
     folders: &[PathBuf],
     options: &BuildOptions<'_>,
 ) -> Result<Stored, TensorrtError> {
@@ -157,7 +158,7 @@ fn check_tensors(engine: &Engine, architecture: &Architecture) -> Result<(), Ten
 pub struct TensorrtBackend {
     engine: Engine,
     // After the engine: fields are dropped in this order.
-    device: Arc<Device>,
+    gpu: Arc<Gpu>,
     architecture: Architecture,
     note: String,
     plan_bytes: usize,
@@ -178,9 +179,10 @@ impl TensorrtBackend {
 
     fn load(model: &Model, options: &TensorrtOptions) -> Result<Self, TensorrtError> {
         // The driver first: without one TensorRT's factories return what is no object.
-        let device = Device::open(options.device)?;
+        let gpu = Gpu::open(options.device)?;
+        let info = DeviceInfo::of(&gpu);
         let library = Library::open(options.library.as_deref())?;
-        let key = PlanKey::new(model, options.precision, &library, Some(device.info()));
+        let key = PlanKey::new(model, options.precision, &library, Some(&info));
         let folders = plan::folders(model);
         let (path, bytes) = match plan::find(&folders, &key) {
             Ok((path, file)) => (path, file.plan),
@@ -188,24 +190,24 @@ impl TensorrtBackend {
             Err(error) => {
                 tracing::warn!(target: "tensorrt", reason = %error, "building the plan, which takes minutes");
                 let build_options = BuildOptions::default();
-                let stored = build(model, options.precision, library, Some(device.info()), &folders, &build_options)?;
+                let stored = build(model, options.precision, library, Some(&info), &folders, &build_options)?;
                 (stored.path, stored.built.plan)
             }
         };
-        device.bind()?;
+        gpu.bind()?;
         let engine = library.load(&bytes)?;
         let architecture = model.manifest.architecture.clone();
         check_tensors(&engine, &architecture)?;
-        let note = format!("{library}, {}, {} on {}", options.precision.as_str(), path.display(), device.info().name);
+        let note = format!("{library}, {}, {} on {}", options.precision.as_str(), path.display(), info.name);
         tracing::info!(
             target: "tensorrt",
             library = %library,
-            gpu = device.info().name,
-            driver = device.info().driver,
+            gpu = info.name,
+            driver = info.driver,
             precision = options.precision.as_str(),
             "plan loaded"
         );
-        Ok(Self { engine, device, architecture, note, plan_bytes: bytes.len(), opening: Mutex::new(()) })
+        Ok(Self { engine, gpu, architecture, note, plan_bytes: bytes.len(), opening: Mutex::new(()) })
     }
 
     /// Library, precision, plan and GPU, for logs.
@@ -214,12 +216,12 @@ impl TensorrtBackend {
     }
 
     fn open_session(&self) -> Result<TensorrtSession, TensorrtError> {
-        self.device.bind()?;
+        self.gpu.bind()?;
         let execution = {
             let _one = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
             self.engine.execution()?
         };
-        TensorrtSession::new(execution, &self.device, &self.architecture)
+        TensorrtSession::new(execution, &self.gpu, &self.architecture)
     }
 }
 
@@ -264,55 +266,59 @@ struct TensorrtSession {
     // In this order they are dropped: what uses the others first.
     graph: Option<Graph>,
     execution: Execution,
-    input: Staging,
-    outputs: [Staging; 4],
-    device_input: Buffer,
-    device_outputs: [Buffer; 4],
-    stream: Stream,
-    device: Arc<Device>,
+    input: Pinned<f32>,
+    outputs: [Pinned<f32>; 4],
+    device_input: DeviceBuffer,
+    device_outputs: [DeviceBuffer; 4],
+    stream: Arc<Stream>,
+    gpu: Arc<Gpu>,
     architecture: Architecture,
 }
 
 impl TensorrtSession {
-    fn new(mut execution: Execution, device: &Arc<Device>, architecture: &Architecture) -> Result<Self, TensorrtError> {
+    fn new(mut execution: Execution, gpu: &Arc<Gpu>, architecture: &Architecture) -> Result<Self, TensorrtError> {
         let [a, b, c, d] = output_sizes(architecture);
         let input_len = architecture.input_dhw.iter().product();
-        let stage = |len| Staging::new(device, len);
-        let buffer = |len| Buffer::new(device, len);
+        let pinned = |len| Pinned::new(gpu, len);
+        let buffer = |len: usize| DeviceBuffer::new(gpu, len * size_of::<f32>());
         let device_input = buffer(input_len)?;
         let device_outputs = [buffer(a)?, buffer(b)?, buffer(c)?, buffer(d)?];
         let outputs = OUTPUT_NAMES.iter().zip(&device_outputs);
         for (name, buffer) in std::iter::once((&INPUT_NAME, &device_input)).chain(outputs) {
             // SAFETY: a buffer of the tensor's size (`check_tensors`), which the session owns beyond its execution.
-            unsafe { execution.set_address(name, buffer.address()) }?;
+            unsafe { execution.set_address(name, buffer.ptr()) }?;
         }
         let mut session = Self {
             graph: None,
             execution,
-            input: stage(input_len)?,
-            outputs: [stage(a)?, stage(b)?, stage(c)?, stage(d)?],
+            input: pinned(input_len)?,
+            outputs: [pinned(a)?, pinned(b)?, pinned(c)?, pinned(d)?],
             device_input,
             device_outputs,
-            stream: Stream::new(device)?,
-            device: Arc::clone(device),
+            stream: Arc::new(Stream::new(gpu)?),
+            gpu: Arc::clone(gpu),
             architecture: architecture.clone(),
         };
-        // The first run lets the library prepare itself; what it does then cannot be recorded.
-        session.put()?;
-        session.stream.wait()?;
+        // The first run lets the library prepare itself; what it does then cannot be recorded. The input is zero.
+        session.run_once(true)?;
         session.record();
         Ok(session)
     }
 
-    /// Puts copies and network on the stream.
-    fn put(&mut self) -> Result<(), TensorrtError> {
-        // SAFETY: every buffer belongs to the session, which waits for the stream before it reads or writes one, and whose
-        // execution and stream are of the context that is current.
+    /// Puts network and copies back on the stream.
+    fn put(
+        execution: &mut Execution,
+        stream: &Stream,
+        from: &[DeviceBuffer; 4],
+        to: &mut [Pinned<f32>; 4],
+    ) -> Result<(), TensorrtError> {
+        // SAFETY: every buffer belongs to the session, which waits for the stream before it reads or frees one; the stream
+        // is of the context that is current.
         unsafe {
-            self.stream.upload(&self.input, &self.device_input)?;
-            self.execution.enqueue(self.stream.as_ptr())?;
-            for (from, to) in self.device_outputs.iter().zip(&mut self.outputs) {
-                self.stream.download(from, to)?;
+            execution.enqueue(stream.raw().cast())?;
+            for (from, to) in from.iter().zip(to) {
+                let count = to.len();
+                stream.download(to, from.ptr(), count)?;
             }
         }
         Ok(())
@@ -320,19 +326,8 @@ impl TensorrtSession {
 
     /// Records a run, if the library lets itself be recorded.
     fn record(&mut self) {
-        let Self { stream, execution, input, outputs, device_input, device_outputs, .. } = self;
-        let recorded = stream.record(|| {
-            // SAFETY: as in `put`; recorded here, done when the graph is launched.
-            unsafe {
-                stream.upload(input, device_input)?;
-                execution.enqueue(stream.as_ptr())?;
-                for (from, to) in device_outputs.iter().zip(outputs) {
-                    stream.download(from, to)?;
-                }
-            }
-            Ok::<(), TensorrtError>(())
-        });
-        match recorded {
+        let Self { stream, execution, outputs, device_outputs, .. } = self;
+        match stream.capture(|| Self::put(execution, stream, device_outputs, outputs)) {
             Ok(graph) => self.graph = Some(graph),
             Err(error) => {
                 tracing::warn!(target: "tensorrt", reason = %error, "the run cannot be recorded, it goes call by call");
@@ -340,24 +335,52 @@ impl TensorrtSession {
         }
     }
 
-    fn run_once(&mut self) -> Result<(), TensorrtError> {
-        self.device.bind()?;
-        let put = match &self.graph {
+    fn start(&mut self, upload: bool) -> Result<(), TensorrtError> {
+        if upload {
+            // SAFETY: both belong to the session, which waits before it writes or frees one.
+            unsafe { self.stream.upload(self.device_input.ptr(), &self.input, self.input.len()) }?;
+        }
+        match &self.graph {
             // SAFETY: recorded with this session's buffers, which live.
-            Some(graph) => unsafe { graph.launch(&self.stream) }.map_err(TensorrtError::from),
-            None => self.put(),
-        };
+            Some(graph) => unsafe { self.stream.replay(graph) }?,
+            None => Self::put(&mut self.execution, &self.stream, &self.device_outputs, &mut self.outputs)?,
+        }
+        Ok(())
+    }
+
+    /// One run; `upload` brings the input from the host first.
+    fn run_once(&mut self, upload: bool) -> Result<(), TensorrtError> {
+        self.gpu.bind()?;
+        let started = self.start(upload);
         // Even after an error: what was put before it must be done before a buffer is touched again.
-        let waited = self.stream.wait();
-        put?;
+        let waited = self.stream.synchronize();
+        started?;
         Ok(waited?)
+    }
+
+    fn finish(&mut self, cancel: &CancelToken, out: &mut Inference) -> Result<(), EngineError> {
+        if cancel.is_cancelled() {
+            return Err(EngineError::Cancelled);
+        }
+        let [logits, _, pooled, feature_map] = &self.outputs;
+        for (to, from) in [(&mut out.logits, logits), (&mut out.pooled, pooled), (&mut out.feature_map, feature_map)] {
+            to.clear();
+            to.extend_from_slice(from);
+        }
+        out.feature_shape_cdhw = self.architecture.feature_shape_cdhw();
+        // A float16 overflow inside shows in the pooled vector before it can vanish in the head.
+        if out.logits.iter().chain(&out.pooled).any(|v| !v.is_finite()) {
+            return Err(EngineError::NotFinite);
+        }
+        softmax_into(&out.logits, &mut out.scores);
+        Ok(())
     }
 }
 
 impl Drop for TensorrtSession {
     fn drop(&mut self) {
         // Nothing may be under way when buffers are freed. An error means that the driver has given up on it.
-        let _ = self.device.bind().and_then(|()| self.stream.wait());
+        let _ = self.stream.synchronize();
     }
 }
 
@@ -367,23 +390,22 @@ impl Session for TensorrtSession {
         if cancel.is_cancelled() {
             return Err(EngineError::Cancelled);
         }
-        self.input.values_mut().copy_from_slice(input);
-        self.run_once().map_err(run_error)?;
+        self.input.copy_from_slice(input);
+        self.run_once(true).map_err(run_error)?;
+        self.finish(cancel, out)
+    }
+
+    fn device_input(&self) -> Option<DeviceInput> {
+        let (gpu, stream) = (Arc::clone(&self.gpu), Arc::clone(&self.stream));
+        Some(DeviceInput { gpu, ptr: self.device_input.ptr(), stream })
+    }
+
+    fn run_device(&mut self, cancel: &CancelToken, out: &mut Inference) -> Result<(), EngineError> {
         if cancel.is_cancelled() {
             return Err(EngineError::Cancelled);
         }
-        let [logits, _, pooled, feature_map] = &self.outputs;
-        for (to, from) in [(&mut out.logits, logits), (&mut out.pooled, pooled), (&mut out.feature_map, feature_map)] {
-            to.clear();
-            to.extend_from_slice(from.values());
-        }
-        out.feature_shape_cdhw = self.architecture.feature_shape_cdhw();
-        softmax_into(&out.logits, &mut out.scores);
-        // A float16 overflow inside shows in the pooled vector before it can vanish in the head.
-        if out.logits.iter().chain(&out.pooled).any(|v| !v.is_finite()) {
-            return Err(EngineError::NotFinite);
-        }
-        Ok(())
+        self.run_once(false).map_err(run_error)?;
+        self.finish(cancel, out)
     }
 }
 
@@ -393,7 +415,7 @@ mod tests {
 
     #[test]
     fn without_a_driver_the_backend_is_a_typed_error_that_says_so() {
-        if device::probe().is_ok() {
+        if Gpu::open(0).is_ok() {
             // With a driver and without a plan it is the plan that is missing, or the library.
             let missing = TensorrtOptions { library: Some(PathBuf::from("/nothing.so")), ..TensorrtOptions::default() };
             assert!(TensorrtBackend::new(&Model::embedded().unwrap(), &missing).is_err());

@@ -1,0 +1,24 @@
+// The words of CUDA C++ that the resampling kernels use, for a C++ compiler: the kernels run as plain functions, one
+// thread after the other. Compile without contraction of multiplications and additions.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#define __global__
+#define __device__
+
+struct Index {
+    unsigned x, y, z;
+};
+static Index threadIdx, blockIdx, blockDim, gridDim;
+
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fsub_rn(float a, float b) { return a - b; }
+static inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+using std::fmaxf;
+using std::fminf;

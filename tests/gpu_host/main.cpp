@@ -1,0 +1,66 @@
+// Runs the resampling kernels on the processor: cases come on stdin, results go to stdout, all in native byte order.
+//
+//   1 in_plane: words, pixels, floats of output, low, inverse width, rows and columns of output along stored axes;
+//               then the table, the pixels
+//   2 gather:   words, slices, floats a slice, planes; then the table, the slices one after the other
+#include "cuda_words.h"
+
+#include KERNELS
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+template <class T> static void get(T* to, size_t count) {
+    if (std::fread(to, sizeof(T), count, stdin) != count) {
+        std::exit(2);
+    }
+}
+
+template <class F> static void launch(Index grid, Index block, F kernel) {
+    gridDim = grid;
+    blockDim = block;
+    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+                for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y)
+                    for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel();
+}
+
+int main() {
+    unsigned kind;
+    while (std::fread(&kind, sizeof kind, 1, stdin) == 1) {
+        std::vector<float> out;
+        if (kind == 1) {
+            unsigned counts[3], along[2];
+            float window[2];
+            get(counts, 3);
+            get(window, 2);
+            get(along, 2);
+            std::vector<unsigned> words(counts[0]);
+            std::vector<short> hu(counts[1]);
+            get(words.data(), words.size());
+            get(hu.data(), hu.size());
+            out.assign(counts[2], NAN);
+            Index block = {32, 8, 1};
+            Index grid = {(along[1] + 31) / 32, (along[0] + 7) / 8, 1};
+            launch(grid, block, [&] { in_plane_f32(hu.data(), words.data(), window[0], window[1], out.data()); });
+        } else {
+            unsigned counts[4];
+            get(counts, 4);
+            std::vector<unsigned> words(counts[0]);
+            std::vector<float> slices((size_t)counts[1] * counts[2]);
+            get(words.data(), words.size());
+            get(slices.data(), slices.size());
+            std::vector<unsigned long long> addresses;
+            for (unsigned k = 0; k < counts[1]; ++k) {
+                addresses.push_back((unsigned long long)(slices.data() + (size_t)k * counts[2]));
+            }
+            out.assign((size_t)counts[3] * counts[2], NAN);
+            Index grid = {(counts[2] + 255) / 256, counts[3], 1};
+            launch(grid, {256, 1, 1}, [&] { gather_f32(addresses.data(), words.data(), counts[2], out.data()); });
+        }
+        std::fwrite(out.data(), sizeof(float), out.size(), stdout);
+    }
+    return 0;
+}
