@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::dicom::scp::ScpConfig;
 use crate::engine::cpu::dispatch::Isa;
 use crate::engine::priority::MAX_NICE;
+use crate::engine::tensorrt::TensorrtOptions;
 use crate::engine::{BackendKind, EngineOptions};
 use crate::pipeline::folder::FolderConfig;
 use crate::pipeline::ingest::Durability;
@@ -114,18 +115,34 @@ pub struct ModelConfig {
     pub isa: Option<Isa>,
     /// Keep the cpu backend's packed weights in a file beside the model, where its folder can be written.
     pub weight_cache: bool,
+    /// The tensorrt backend's library and plan.
+    pub tensorrt: TensorrtOptions,
 }
 
 impl Default for ModelConfig {
     fn default() -> Self {
-        Self { path: None, backend: BackendKind::default(), threads: 0, nice: 5, isa: None, weight_cache: true }
+        Self {
+            path: None,
+            backend: BackendKind::default(),
+            threads: 0,
+            nice: 5,
+            isa: None,
+            weight_cache: true,
+            tensorrt: TensorrtOptions::default(),
+        }
     }
 }
 
 impl ModelConfig {
     /// How the backend may use the machine.
     pub fn engine_options(&self) -> EngineOptions {
-        EngineOptions { threads: self.threads, nice: self.nice, isa: self.isa, weight_cache: self.weight_cache }
+        EngineOptions {
+            threads: self.threads,
+            nice: self.nice,
+            isa: self.isa,
+            weight_cache: self.weight_cache,
+            tensorrt: self.tensorrt.clone(),
+        }
     }
 }
 

@@ -35,7 +35,7 @@ fn the_shipped_file_names_every_key() {
         }
     }
     walk("", &keys, &text);
-    for optional in ["path", "isa", "token_file", "secret_file", "secret_env", "ca_file"] {
+    for optional in ["path", "isa", "library", "token_file", "secret_file", "secret_env", "ca_file"] {
         assert!(text.contains(&format!("# {optional} =")), "{optional} is missing in systemd/darnet.toml");
     }
 }

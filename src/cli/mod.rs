@@ -5,6 +5,7 @@
 
 mod bench;
 mod demo;
+mod engine;
 mod infer;
 mod latency;
 mod modelcmd;
@@ -63,6 +64,9 @@ enum Command {
     /// Make, show, verify and export models.
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Build, show and verify TensorRT plans; compare backends.
+    #[command(subcommand)]
+    Engine(engine::EngineCommand),
     /// A site's check after installation or update: known phantoms in, known results out, latency, delivery.
     Acceptance(AcceptanceArgs),
     /// Measure speed and memory.
@@ -362,6 +366,7 @@ pub fn run() -> ExitCode {
                 Command::Model(ModelCommand::Verify(args)) => modelcmd::verify(&args),
                 Command::Model(ModelCommand::Export(args)) => modelcmd::export(&args),
                 Command::Model(ModelCommand::Synthetic(args)) => modelcmd::synthetic(&args),
+                Command::Engine(command) => engine::engine(&command),
                 Command::Acceptance(args) => demo::acceptance(&args),
                 Command::Bench(args) => bench::bench(&args),
                 Command::Completions { shell } => {

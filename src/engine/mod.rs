@@ -5,6 +5,7 @@
 //!
 //! - [mod@reference]: plain loops, the oracle of the tests; any shape, slow.
 //! - [`cpu`]: the default; Winograd convolutions, vector kernels for each instruction set, several threads.
+//! - [`tensorrt`]: a plan of NVIDIA's TensorRT, whose library is opened at run time.
 //! - [`fallback`]: what `auto` chooses, and `cpu` behind a device that may fail.
 //!
 //! Invariants: the same backend gives the same bits for the same input, whatever the number of threads. A run either
@@ -29,6 +30,7 @@ pub mod cuda;
 pub mod fallback;
 pub mod priority;
 pub mod reference;
+pub mod tensorrt;
 
 /// Most threads a backend takes; more do not help at 64 planes an input.
 pub const MAX_THREADS: usize = 256;
@@ -129,11 +131,14 @@ pub struct EngineOptions {
     pub isa: Option<cpu::dispatch::Isa>,
     /// Keep the cpu backend's packed weights in a file beside the model, where its folder can be written.
     pub weight_cache: bool,
+    /// Where the tensorrt backend finds its library and which plan it takes.
+    pub tensorrt: tensorrt::TensorrtOptions,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { threads: 0, nice: 0, isa: None, weight_cache: true }
+        let tensorrt = tensorrt::TensorrtOptions::default();
+        Self { threads: 0, nice: 0, isa: None, weight_cache: true, tensorrt }
     }
 }
 
@@ -425,11 +430,10 @@ pub fn prepare_service(
 
 /// Exactly the backend `kind`; `auto` is `cpu` here.
 fn open(kind: BackendKind, model: &Model, options: &EngineOptions) -> Result<Box<dyn Backend>, EngineError> {
-    let unavailable = |backend| Err(EngineError::Unavailable { backend, reason: "not part of this build".to_owned() });
     match kind {
         BackendKind::Reference => Ok(Box::new(reference::ReferenceBackend::new(model))),
         BackendKind::Cpu | BackendKind::Auto => Ok(Box::new(cpu::CpuBackend::new(model, options, None)?)),
-        BackendKind::Tensorrt => unavailable("tensorrt"),
+        BackendKind::Tensorrt => Ok(Box::new(tensorrt::TensorrtBackend::new(model, &options.tensorrt)?)),
         BackendKind::Cuda => Ok(Box::new(cuda::CudaBackend::new(model, options)?)),
     }
 }

@@ -153,7 +153,15 @@ impl Stream {
         let done = work();
         // SAFETY: begun above.
         let graph = unsafe { result::stream::end_capture(self.raw) }.map_err(GpuError::driver("end a graph"));
-        done?;
+        if let Err(error) = done {
+            if let Ok(graph) = graph
+                && !graph.is_null()
+            {
+                // SAFETY: as the driver just gave it; nobody else has it.
+                let _ = unsafe { result::graph::destroy(graph) };
+            }
+            return Err(error);
+        }
         let graph = graph?;
         let mut exec = std::ptr::null_mut();
         // SAFETY: a whole graph, as the driver just gave it; the pointer is valid for writing.
