@@ -140,7 +140,7 @@ fn what_does_not_fit_the_gpu_is_left_to_the_processor() {
     assert!(gatherer.gather_to_host(&depth, &[&mine, &theirs]).unwrap().is_none());
     // No memory is an error that says so.
     let slots = usize::MAX / (1 << 20);
-    let error = GpuResampler::new(gpu, WINDOW, [96, 96], slots).err().expect("more than any GPU has");
+    let error = GpuResampler::new(gpu, WINDOW, [96, 96], slots).expect_err("more than any GPU has");
     assert!(error.to_string().contains("GPU memory"), "{error}");
 }
 

@@ -401,7 +401,7 @@ impl GpuGatherer {
             return Ok(false);
         }
         self.finish()?;
-        self.held.extend(planes.iter().map(|p| DevicePlane::clone(p)));
+        self.held.extend(planes.iter().copied().cloned());
         for (k, plane) in planes.iter().enumerate() {
             let Some(cell) = &plane.0.cell else { return Ok(false) };
             (self.host[2 * k], self.host[2 * k + 1]) = (cell.ptr as u32, (cell.ptr >> 32) as u32);
