@@ -25,8 +25,8 @@
 
 use super::simd::{LANES, Simd};
 
-/// Rows of a tile.
-pub const ROWS: usize = 6;
+/// Rows of a tile of a direct convolution.
+const ROWS: usize = 6;
 
 /// Store the sums.
 pub const PLAIN: u8 = 0;
@@ -50,6 +50,8 @@ pub struct DirectRow {
     pub segments: usize,
     /// Inputs of a segment.
     pub length: usize,
+    /// Floats from voxel to voxel of the output.
+    pub ldc: usize,
     /// Floats to the inputs of the row that follows; with [`MERGE`], whose few multiply-adds an input would wait for
     /// memory, they are asked for.
     pub next: usize,
@@ -88,13 +90,12 @@ struct Operands<'a> {
 /// # Safety
 /// The processor has the instructions of `S`; `a` is valid for reads at `r * lda + offset + k`, `o.b` for
 /// `segments * length * NV` vectors, `c` for reads and writes of vectors at `r * ldc + v * block`; with an epilogue,
-/// `bias` (and `scale`) for NV vectors. `ahead` may be any address.
+/// `bias` (and `scale`) for NV vectors.
 #[inline(always)]
 unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const E: u8>(
     a: *const f32,
     c: *mut f32,
     o: &Operands<'_>,
-    mut ahead: *const f32,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -119,22 +120,13 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const E: u8>(
                         *sum = S::fma(value, *weights, *sum);
                     }
                 }
-                if E == PLAIN {
-                    for _ in 0..lines_ahead(MR) {
-                        S::prefetch(ahead);
-                        ahead = ahead.wrapping_add(LANES);
-                    }
-                }
                 b = b.add(NV * LANES);
                 x = x.add(1);
             }
         }
         for v in 0..NV {
-            let (bias, scale) = match E {
-                PLAIN => (zero, zero),
-                BIAS_RELU => (S::load(o.bias.add(v * LANES)), zero),
-                _ => (S::load(o.bias.add(v * LANES)), S::load(o.scale.add(v * LANES))),
-            };
+            let bias = if E == PLAIN { zero } else { S::load(o.bias.add(v * LANES)) };
+            let scale = if E == MERGE { S::load(o.scale.add(v * LANES)) } else { zero };
             for (r, sums) in sums.iter().enumerate() {
                 let to = c.add(r * o.ldc + v * o.block);
                 let value = match E {
@@ -148,11 +140,6 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const E: u8>(
     }
 }
 
-/// Cache lines asked for in a step of a tile with so many rows.
-const fn lines_ahead(rows: usize) -> usize {
-    if rows < ROWS { 2 } else { 1 }
-}
-
 /// `rows` rows in tiles of six, then three, two and one.
 ///
 /// # Safety
@@ -160,13 +147,11 @@ const fn lines_ahead(rows: usize) -> usize {
 #[inline(always)]
 unsafe fn rows<S: Simd, const NV: usize, const E: u8>(rows: usize, a: *const f32, c: *mut f32, o: &Operands<'_>) {
     let mut r = 0;
-    let mut ahead = o.b.wrapping_add(o.length * NV * LANES);
     // SAFETY: the caller's promise; r + MR <= rows in each call.
     unsafe {
         macro_rules! step {
             ($mr:literal) => {{
-                tile::<S, $mr, NV, E>(a.add(r * o.lda), c.add(r * o.ldc), o, ahead);
-                ahead = ahead.wrapping_add(o.length * LANES * lines_ahead($mr));
+                tile::<S, $mr, NV, E>(a.add(r * o.lda), c.add(r * o.ldc), o);
                 r += $mr;
             }};
         }
@@ -183,7 +168,6 @@ unsafe fn rows<S: Simd, const NV: usize, const E: u8>(rows: usize, a: *const f32
             step!(1);
         }
         debug_assert_eq!(r, rows);
-        let _ = ahead;
     }
 }
 
@@ -201,7 +185,7 @@ pub unsafe fn direct_row<S: Simd, const E: u8>(p: &DirectRow) {
             offsets: std::slice::from_raw_parts(p.offsets, p.segments),
             length: p.length,
             b: p.b,
-            ldc: LANES,
+            ldc: p.ldc,
             block: p.block,
             bias: p.bias,
             scale: p.scale,
@@ -224,60 +208,126 @@ pub unsafe fn direct_row<S: Simd, const E: u8>(p: &DirectRow) {
     }
 }
 
-/// The products of one frequency.
+/// The products of tiles with one panel of transformed weights.
 #[derive(Clone, Copy, Debug)]
-pub struct Frequency {
+pub struct Product {
     /// Tiles.
     pub tiles: usize,
-    /// Input channels, a multiple of 16.
-    pub c_in: usize,
-    /// Output channels, a multiple of 16.
-    pub c_out: usize,
-    /// `[tile][c_in]`.
+    /// Blocks of input channels.
+    pub blocks: usize,
+    /// Vectors of the panel, 1 to `S::PANEL`.
+    pub vectors: usize,
+    /// `[tile / ROWS][block][tile % ROWS][16]`, with room for whole groups of `S::ROWS` tiles.
     pub v: *const f32,
-    /// Panels of `S::NV` vectors (the last may have fewer), each `[c_in][vector][lane]`.
+    /// `[input channel][vector][16]`.
     pub u: *const f32,
-    /// `[tile][c_out]`.
+    /// `[tile][vector][16]`, with room for whole groups.
     pub m: *mut f32,
+    /// What is asked for meanwhile, a cache line a step.
+    pub ahead: *const f32,
+    /// How many lines.
+    pub lines: usize,
 }
 
-/// `m[t][co] = sum over ci of v[t][ci] u[ci][co]`.
+/// The products of `MR` tiles of one group; `AHEAD` lines are asked for each step.
 ///
 /// # Safety
-/// The processor has the instructions of `S`; the pointers of `p` are valid as its fields say; `m` overlaps nothing else.
+/// As [`product`].
 #[inline(always)]
-pub unsafe fn frequency<S: Simd>(p: &Frequency) {
-    let vectors = p.c_out / LANES;
-    let mut first = 0;
-    while first < vectors {
-        let count = S::NV.min(vectors - first);
-        // SAFETY: the caller's promise; the panel begins at `first` vectors of `c_in` rows.
-        unsafe {
-            let o = Operands {
-                lda: p.c_in,
-                offsets: &[0],
-                length: p.c_in,
-                b: p.u.add(first * p.c_in * LANES),
-                ldc: p.c_out,
-                block: LANES,
-                bias: std::ptr::null(),
-                scale: std::ptr::null(),
-                next: 0,
-                stream: false,
-            };
-            let c = p.m.add(first * LANES);
-            if S::NV == 1 {
-                rows::<S, 1, PLAIN>(p.tiles, p.v, c, &o);
-            } else {
-                match count {
-                    1 => rows::<S, 1, PLAIN>(p.tiles, p.v, c, &o),
-                    2 => rows::<S, 2, PLAIN>(p.tiles, p.v, c, &o),
-                    3 => rows::<S, 3, PLAIN>(p.tiles, p.v, c, &o),
-                    _ => rows::<S, 4, PLAIN>(p.tiles, p.v, c, &o),
+unsafe fn group<S: Simd, const MR: usize, const NV: usize, const AHEAD: usize>(
+    mut v: *const f32,
+    m: *mut f32,
+    p: &Product,
+    mut ahead: *const f32,
+) {
+    // SAFETY: the caller's promise; MR <= ROWS.
+    unsafe {
+        let mut sums = [[S::splat(0.0); NV]; MR];
+        let mut u = p.u;
+        for _ in 0..p.blocks {
+            for k in 0..LANES {
+                let mut weights = [S::splat(0.0); NV];
+                for (i, weights) in weights.iter_mut().enumerate() {
+                    *weights = S::load(u.add(i * LANES));
                 }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let value = S::splat(*v.add(r * LANES + k));
+                    for (sum, weights) in sums.iter_mut().zip(&weights) {
+                        *sum = S::fma(value, *weights, *sum);
+                    }
+                }
+                for _ in 0..AHEAD {
+                    S::prefetch(ahead);
+                    ahead = ahead.wrapping_add(LANES);
+                }
+                u = u.add(NV * LANES);
+            }
+            v = v.add(S::ROWS * LANES);
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (i, sum) in sums.iter().enumerate() {
+                S::store(m.add((r * NV + i) * LANES), *sum);
             }
         }
-        first += count;
+    }
+}
+
+/// All groups of tiles of a product.
+///
+/// # Safety
+/// As [`product`].
+#[inline(always)]
+unsafe fn groups<S: Simd, const NV: usize>(p: &Product) {
+    let steps = p.blocks * LANES;
+    let (mut first, mut lines, mut ahead) = (0, p.lines, p.ahead);
+    let (mut v, mut m) = (p.v, p.m);
+    while first < p.tiles {
+        let here = (p.tiles - first).min(S::ROWS);
+        // Two lines a step where one would not fetch all before the tiles end.
+        let left = (p.tiles - first).div_ceil(S::ROWS);
+        let a_step = lines.div_ceil(steps * left).min(2);
+        macro_rules! group {
+            ($mr:literal) => {
+                match a_step {
+                    0 => group::<S, $mr, NV, 0>(v, m, p, ahead),
+                    1 => group::<S, $mr, NV, 1>(v, m, p, ahead),
+                    _ => group::<S, $mr, NV, 2>(v, m, p, ahead),
+                }
+            };
+        }
+        // SAFETY: the caller's promise; rows behind the last tile exist and are computed for nothing.
+        unsafe {
+            match here {
+                13.. if S::ROWS == WIDE_ROWS => group!(14),
+                11.. if S::ROWS == WIDE_ROWS => group!(12),
+                9.. if S::ROWS == WIDE_ROWS => group!(10),
+                8 if S::ROWS == WIDE_ROWS => group!(8),
+                7 if S::ROWS == WIDE_ROWS => group!(7),
+                5.. => group!(6),
+                3.. => group!(4),
+                _ => group!(2),
+            }
+        }
+        let fetched = (steps * a_step).min(lines);
+        (lines, ahead) = (lines - fetched, ahead.wrapping_add(fetched * LANES));
+        (v, m) = (v.wrapping_add(steps * S::ROWS), m.wrapping_add(S::ROWS * NV * LANES));
+        first += S::ROWS;
+    }
+}
+
+/// Tiles of a group with AVX-512.
+const WIDE_ROWS: usize = 14;
+
+/// `m[t][co] = sum over ci of v[t][ci] u[ci][co]` for one panel of outputs.
+///
+/// # Safety
+/// The processor has the instructions of `S`; the pointers of `p` are valid as its fields say, but for `ahead`, which may
+/// be any; `m` overlaps nothing else.
+#[inline(always)]
+pub unsafe fn product<S: Simd>(p: &Product) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if S::PANEL == 1 || p.vectors == 1 { groups::<S, 1>(p) } else { groups::<S, 2>(p) }
     }
 }
 

@@ -21,8 +21,12 @@ pub const LANES: usize = 16;
 pub trait Simd: Copy + Send + Sync + 'static {
     /// A vector.
     type V: Copy;
-    /// Vectors of outputs that a matrix kernel holds in registers for each of its six rows.
+    /// Vectors of outputs that a direct convolution holds in registers for each of its six rows.
     const NV: usize;
+    /// Vectors of outputs of a panel of transformed weights.
+    const PANEL: usize;
+    /// Tiles whose products with a panel are held in registers at a time.
+    const ROWS: usize;
     /// Sixteen values.
     unsafe fn load(p: *const f32) -> Self::V;
     /// Writes sixteen values.
@@ -69,6 +73,8 @@ macro_rules! lanes {
 impl Simd for Scalar {
     type V = [f32; LANES];
     const NV: usize = 1;
+    const PANEL: usize = 1;
+    const ROWS: usize = 6;
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::V {
         // SAFETY: the trait's contract; an array of f32 needs no more alignment than one f32.
@@ -146,6 +152,8 @@ mod x86 {
     impl Simd for Avx512 {
         type V = __m512;
         const NV: usize = 4;
+        const PANEL: usize = 2;
+        const ROWS: usize = 14;
         avx512! {
             load(p: *const f32) -> __m512 = _mm512_loadu_ps(p);
             store(p: *mut f32, v: __m512) = _mm512_storeu_ps(p, v);
@@ -177,6 +185,8 @@ mod x86 {
     impl Simd for Avx2 {
         type V = Two;
         const NV: usize = 1;
+        const PANEL: usize = 1;
+        const ROWS: usize = 6;
         avx2! {
             load(p: *const f32) -> Two = [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(HALF))];
             store(p: *mut f32, v: Two) = {
