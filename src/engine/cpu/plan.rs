@@ -490,8 +490,15 @@ impl Plan {
             if conv.taps != 27 {
                 return vec![if conv.taps == STEM_TAPS { Method::Depth } else { Method::Direct }];
             }
+            // Weights that stay in the cache are kept whole: what is made each time would be made for every block.
+            let whole = |tiling: Tiling| {
+                4 * tiling.weights(Kept::Whole) * conv.input.padded_c() * conv.output.padded_c()
+            };
             let winograd = |tilings: &[Tiling]| -> Vec<Method> {
-                tilings.iter().flat_map(|t| Kept::ALL.map(|kept| Method::Winograd(*t, kept))).collect()
+                let all = tilings.iter().flat_map(|t| Kept::ALL.map(|kept| (*t, kept)));
+                all.filter(|(t, kept)| *kept == Kept::Whole || whole(*t) > PRIVATE_WEIGHT_BYTES)
+                    .map(|(t, kept)| Method::Winograd(t, kept))
+                    .collect()
             };
             if conv.stride == 1 {
                 return winograd(&Tiling::STRIDE_1);
