@@ -18,7 +18,7 @@ use super::plan::{Conv, Method, Scratch, StemInput};
 use super::pool::Pool;
 use super::simd::LANES;
 use super::stem::{self, StemRows};
-use super::winograd::{Columns, Kept, Middle, Outputs};
+use super::winograd::{Columns, Kept, Middle, Next, Outputs};
 use crate::engine::{CancelToken, EngineError};
 
 /// Outputs larger than this are written past the caches: nothing of them would be left there when they are read.
@@ -71,6 +71,8 @@ struct Winograd<'a> {
     sums: Option<Place>,
     relu: bool,
     stream: bool,
+    /// Vectors of a panel of weights.
+    panel: usize,
     /// Strips of a row of tiles, and tiles of a strip.
     parts: [usize; 2],
     lens: Scratch,
@@ -88,23 +90,17 @@ struct Room {
 }
 
 impl Winograd<'_> {
-    /// B^T along D and H of strip `strip` of depth `z`, the `slot`th of its block, for one block of channels.
+    /// B^T along D and H of the strip at `place`, depth and number, the `slot`th of its block, for one block of channels.
     ///
     /// # Safety
     /// All indices are in range, and `columns` holds the block's transforms.
-    unsafe fn columns(&self, [z, strip]: [usize; 2], slot: usize, block: usize, columns: Place) {
+    unsafe fn columns(&self, place: [usize; 2], slot: usize, block: usize, columns: Place) {
         let shape = self.conv.input;
-        let (steps, inputs) = (self.tiling.steps(), self.tiling.inputs());
-        let [parts, tiles] = self.parts;
-        let (y, part) = (strip / parts, strip % parts);
-        let voxels = (tiles - 1) * steps[2] + inputs[2];
+        let voxels = self.voxels();
         // SAFETY: the input's border reaches as far as the last tile reads (checked in `winograd`); strips of a block lie
         // within a transform.
         unsafe {
-            let first = block * shape.block()
-                + z * steps[0] * shape.plane()
-                + y * steps[1] * shape.row()
-                + part * tiles * steps[2] * LANES;
+            let first = block * shape.block() + self.first_voxel(place);
             (self.transforms.columns)(&Columns {
                 x: self.input.as_ptr().add(first),
                 plane: shape.plane(),
@@ -116,11 +112,42 @@ impl Winograd<'_> {
         }
     }
 
+    /// Where the voxels begin that strip `strip` of depth `z` reads, floats from the input's first.
+    fn first_voxel(&self, [z, strip]: [usize; 2]) -> usize {
+        let (shape, steps) = (self.conv.input, self.tiling.steps());
+        let [parts, tiles] = self.parts;
+        let (y, part) = (strip / parts, strip % parts);
+        z * steps[0] * shape.plane() + y * steps[1] * shape.row() + part * tiles * steps[2] * LANES
+    }
+
+    /// Voxels along W that a strip reads.
+    fn voxels(&self) -> usize {
+        (self.parts[1] - 1) * self.tiling.steps()[2] + self.tiling.inputs()[2]
+    }
+
+    /// What transform `frequency` along D and H asks for of the `strips` strips at `place`: the planes that no tile before
+    /// it has read.
+    fn next(&self, frequency: usize, place: Option<[usize; 2]>, strips: usize) -> Next {
+        let shape = self.conv.input;
+        let (steps, inputs, parts) = (self.tiling.steps(), self.tiling.inputs(), self.parts[0]);
+        let panels = self.conv.output.blocks().div_ceil(self.panel);
+        let products = panels * inputs[2];
+        let seen = inputs[0] - steps[0];
+        let first = place.map_or(0, |place| self.first_voxel(place) + seen * shape.plane());
+        Next {
+            x: self.input.as_ptr().wrapping_add(first),
+            extent: [shape.blocks(), steps[0], (strips.div_ceil(parts) - 1) * steps[1] + inputs[1]],
+            steps: [shape.block(), shape.plane(), shape.row()],
+            voxels: if place.is_some() { self.voxels() } else { 0 },
+            products: [inputs[0] * inputs[1] * products, frequency * products],
+        }
+    }
+
     /// What lies between, for one transform along D and H of a block of `strips` strips.
     ///
     /// # Safety
     /// `frequency` is in range; the room is the block's and the thread's.
-    unsafe fn middle(&self, frequency: usize, strips: usize, room: Room) {
+    unsafe fn middle(&self, frequency: usize, strips: usize, room: Room, next: Next) {
         let row = &self.conv.weight_rows[frequency];
         // SAFETY: the caller's promise; the weights' length was checked in `winograd`.
         unsafe {
@@ -137,6 +164,7 @@ impl Winograd<'_> {
                 weights: self.weights.as_ptr().add(row.at),
                 kept: self.kept,
                 mix: row.mix,
+                next,
                 product: self.product,
             });
         }
@@ -241,6 +269,7 @@ pub fn winograd(
         sums,
         relu,
         stream: conv.output.len() * 4 > STREAM_FROM_BYTES,
+        panel: context.kernels.panel,
         parts: [conv.parts(), conv.strip_tiles()],
         lens,
         strides: [conv.column_stride(strips), conv.strip_lines(conv.strip_tiles()) * LANES],
@@ -250,9 +279,13 @@ pub fn winograd(
     let scratch = Place(scratch.as_mut_ptr());
     if conv.is_private() {
         let groups = nh.div_ceil(strips);
-        return context.run(groups * depth_tiles.len(), &|item, thread| {
-            let z = depth_tiles[item % depth_tiles.len()];
-            let first = item / depth_tiles.len() * strips;
+        let items = groups * depth_tiles.len();
+        // The item that the same thread is likely to do next.
+        let threads = context.pool.threads();
+        let place = |item: usize| [depth_tiles[item % depth_tiles.len()], item / depth_tiles.len() * strips];
+        return context.run(items, &|item, thread| {
+            let [z, first] = place(item);
+            let next = (item + threads < items).then(|| place(item + threads));
             let count = strips.min(nh - first);
             // SAFETY: each thread has its own room; strips and blocks are in range; an item has strips of its own.
             unsafe {
@@ -264,7 +297,7 @@ pub fn winograd(
                     }
                 }
                 for frequency in 0..frequencies {
-                    work.middle(frequency, count, room);
+                    work.middle(frequency, count, room, work.next(frequency, next, strips));
                 }
                 for strip in 0..count {
                     for block in 0..out_blocks {
@@ -287,7 +320,7 @@ pub fn winograd(
             // SAFETY: as above, for transforms along D and H; each thread has room of its own behind the columns.
             unsafe {
                 let own = Place(scratch.at(lens.columns + thread * lens.own()));
-                work.middle(frequency, count, Room { columns: scratch, own });
+                work.middle(frequency, count, Room { columns: scratch, own }, work.next(frequency, None, 1));
             }
         })?;
         context.run(count * out_blocks, &|item, _| {
@@ -321,7 +354,10 @@ pub fn stem(
     let [d, h, w] = shape.dhw;
     let [bd, bh, bw] = at.bordered;
     assert_eq!(conv.method, Method::Depth, "stem: {} is another convolution", conv.name);
-    assert!(conv.tiles()[0] * stem::DEPTHS + 2 <= bd && 2 * h + 5 <= bh && 2 * w + 5 <= bw, "stem: the input is too small");
+    assert!(
+        conv.tiles()[0] * stem::DEPTHS + 2 <= bd && 2 * h + 5 <= bh && 2 * w + 5 <= bw,
+        "stem: the input is too small"
+    );
     assert!(input.len() >= at.total(), "stem: the input is too short");
     assert_eq!(weights.len(), stem::FREQUENCIES * stem::PLANE_TAPS * shape.padded_c());
     assert_eq!(conv.bias.len(), shape.padded_c());
@@ -892,7 +928,8 @@ mod tests {
                         let mut products = [0.0; 6];
                         for k in 0..49 {
                             let from = (2 * y + k / 7) * at.row() + 2 * x + k % 7;
-                            let w: [f64; 3] = std::array::from_fn(|kd| f64::from(weights[co * 147 + kd * 49 + k]) * scale);
+                            let w: [f64; 3] =
+                                std::array::from_fn(|kd| f64::from(weights[co * 147 + kd * 49 + k]) * scale);
                             let x = |plane: usize| f64::from(bordered[plane * at.plane() + from]);
                             sum += (0..3).map(|kd| w[kd] * x(z + kd)).sum::<f64>();
                             for (f, product) in products.iter_mut().enumerate() {
@@ -997,17 +1034,8 @@ mod tests {
         let mut output = Tensor::new(case.conv.output.len()).unwrap();
         output.reshape(case.conv.output, &pool);
         let mut scratch = vec![0.0; case.conv.scratch_len(1, &kernels)];
-        let result = winograd(
-            &context,
-            &case.conv,
-            &packed,
-            &case.input,
-            &mut output,
-            true,
-            None,
-            &mut scratch,
-            &[0, 1],
-        );
+        let result =
+            winograd(&context, &case.conv, &packed, &case.input, &mut output, true, None, &mut scratch, &[0, 1]);
         assert_eq!(result, Err(EngineError::Cancelled));
         assert!(output.data(case.conv.output).iter().all(|v| *v == 0.0));
     }

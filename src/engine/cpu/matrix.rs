@@ -92,11 +92,7 @@ struct Operands<'a> {
 /// `segments * length * NV` vectors, `c` for reads and writes of vectors at `r * ldc + v * block`; with an epilogue,
 /// `bias` (and `scale`) for NV vectors.
 #[inline(always)]
-unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const E: u8>(
-    a: *const f32,
-    c: *mut f32,
-    o: &Operands<'_>,
-) {
+unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const E: u8>(a: *const f32, c: *mut f32, o: &Operands<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         let zero = S::splat(0.0);
@@ -223,10 +219,14 @@ pub struct Product {
     pub u: *const f32,
     /// `[tile][vector][16]`, with room for whole groups.
     pub m: *mut f32,
-    /// What is asked for meanwhile, a cache line a step.
+    /// What is asked for meanwhile, a cache line a step: weights.
     pub ahead: *const f32,
     /// How many lines.
     pub lines: usize,
+    /// What else is asked for meanwhile, a few lines a block of channels: inputs.
+    pub next: *const f32,
+    /// How many lines.
+    pub next_lines: usize,
 }
 
 /// The products of `MR` tiles of one group; `AHEAD` lines are asked for each step.
@@ -239,12 +239,19 @@ unsafe fn group<S: Simd, const MR: usize, const NV: usize, const AHEAD: usize>(
     m: *mut f32,
     p: &Product,
     mut ahead: *const f32,
+    [mut next, end]: [*const f32; 2],
 ) {
     // SAFETY: the caller's promise; MR <= ROWS.
     unsafe {
         let mut sums = [[S::splat(0.0); NV]; MR];
         let mut u = p.u;
         for _ in 0..p.blocks {
+            for _ in 0..NEXT_LINES {
+                if next < end {
+                    S::prefetch(next);
+                    next = next.wrapping_add(LANES);
+                }
+            }
             for k in 0..LANES {
                 let mut weights = [S::splat(0.0); NV];
                 for (i, weights) in weights.iter_mut().enumerate() {
@@ -281,6 +288,7 @@ unsafe fn groups<S: Simd, const NV: usize>(p: &Product) {
     let steps = p.blocks * LANES;
     let (mut first, mut lines, mut ahead) = (0, p.lines, p.ahead);
     let (mut v, mut m) = (p.v, p.m);
+    let (mut next, end) = (p.next, p.next.wrapping_add(p.next_lines * LANES));
     while first < p.tiles {
         let here = (p.tiles - first).min(S::ROWS);
         // Two lines a step where one would not fetch all before the tiles end.
@@ -289,9 +297,9 @@ unsafe fn groups<S: Simd, const NV: usize>(p: &Product) {
         macro_rules! group {
             ($mr:literal) => {
                 match a_step {
-                    0 => group::<S, $mr, NV, 0>(v, m, p, ahead),
-                    1 => group::<S, $mr, NV, 1>(v, m, p, ahead),
-                    _ => group::<S, $mr, NV, 2>(v, m, p, ahead),
+                    0 => group::<S, $mr, NV, 0>(v, m, p, ahead, [next, end]),
+                    1 => group::<S, $mr, NV, 1>(v, m, p, ahead, [next, end]),
+                    _ => group::<S, $mr, NV, 2>(v, m, p, ahead, [next, end]),
                 }
             };
         }
@@ -310,10 +318,14 @@ unsafe fn groups<S: Simd, const NV: usize>(p: &Product) {
         }
         let fetched = (steps * a_step).min(lines);
         (lines, ahead) = (lines - fetched, ahead.wrapping_add(fetched * LANES));
+        next = next.wrapping_add(p.blocks * NEXT_LINES * LANES);
         (v, m) = (v.wrapping_add(steps * S::ROWS), m.wrapping_add(S::ROWS * NV * LANES));
         first += S::ROWS;
     }
 }
+
+/// Lines of inputs asked for in each block of channels: one in three or four steps.
+const NEXT_LINES: usize = 5;
 
 /// Tiles of a group with AVX-512.
 const WIDE_ROWS: usize = 14;
@@ -321,14 +333,12 @@ const WIDE_ROWS: usize = 14;
 /// `m[t][co] = sum over ci of v[t][ci] u[ci][co]` for one panel of outputs.
 ///
 /// # Safety
-/// The processor has the instructions of `S`; the pointers of `p` are valid as its fields say, but for `ahead`, which may
-/// be any; `m` overlaps nothing else.
+/// The processor has the instructions of `S`; the pointers of `p` are valid as its fields say, but for `ahead` and
+/// `next`, which may be any; `m` overlaps nothing else.
 #[inline(always)]
 pub unsafe fn product<S: Simd>(p: &Product) {
     // SAFETY: the caller's promise.
-    unsafe {
-        if S::PANEL == 1 || p.vectors == 1 { groups::<S, 1>(p) } else { groups::<S, 2>(p) }
-    }
+    unsafe { if S::PANEL == 1 || p.vectors == 1 { groups::<S, 1>(p) } else { groups::<S, 2>(p) } }
 }
 
 /// One row of voxels of one block of channels to be merged with its shortcut.

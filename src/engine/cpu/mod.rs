@@ -488,9 +488,7 @@ fn convolution(
     tiles: &[usize],
 ) -> Result<(), EngineError> {
     match conv.method {
-        Method::Winograd(..) => {
-            conv::winograd(context, conv, weights, input, output, relu, sums, scratch, tiles)
-        }
+        Method::Winograd(..) => conv::winograd(context, conv, weights, input, output, relu, sums, scratch, tiles),
         Method::Direct => {
             assert!(relu && sums.is_none(), "only a strided convolution is done directly, and it has a ReLU");
             let from = conv.input;

@@ -491,9 +491,8 @@ impl Plan {
                 return vec![if conv.taps == STEM_TAPS { Method::Depth } else { Method::Direct }];
             }
             // Weights that stay in the cache are kept whole: what is made each time would be made for every block.
-            let whole = |tiling: Tiling| {
-                4 * tiling.weights(Kept::Whole) * conv.input.padded_c() * conv.output.padded_c()
-            };
+            let whole =
+                |tiling: Tiling| 4 * tiling.weights(Kept::Whole) * conv.input.padded_c() * conv.output.padded_c();
             let winograd = |tilings: &[Tiling]| -> Vec<Method> {
                 let all = tilings.iter().flat_map(|t| Kept::ALL.map(|kept| (*t, kept)));
                 all.filter(|(t, kept)| *kept == Kept::Whole || whole(*t) > PRIVATE_WEIGHT_BYTES)

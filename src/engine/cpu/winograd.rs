@@ -125,7 +125,17 @@ impl Axis for Two {
             let zero = S::splat(0.0);
             let half = S::splat(0.5);
             let even = S::mul(half, S::add(w[0], w[2]));
-            [S::sub(zero, w[0]), S::fma(half, w[1], even), S::fnma(half, w[1], even), w[2], zero, zero, zero, zero, zero]
+            [
+                S::sub(zero, w[0]),
+                S::fma(half, w[1], even),
+                S::fnma(half, w[1], even),
+                w[2],
+                zero,
+                zero,
+                zero,
+                zero,
+                zero,
+            ]
         }
     }
 }
@@ -350,6 +360,9 @@ impl<const N: usize> Scratch<N> {
     }
 }
 
+/// Voxels that the transform along D and H asks for its inputs ahead.
+const VOXELS_AHEAD: usize = 8;
+
 /// B^T along D and H of each voxel of a strip and one block of channels.
 ///
 /// # Safety
@@ -369,7 +382,9 @@ pub unsafe fn columns<S: Simd, D: Axis, H: Axis>(p: &Columns) {
             for y in 0..H::T {
                 let mut a = [zero; MAX_T];
                 for (d, a) in a.iter_mut().enumerate().take(D::T) {
-                    *a = S::load(x.add(d * p.plane + y * p.row));
+                    let from = x.add(d * p.plane + y * p.row);
+                    *a = S::load(from);
+                    S::prefetch(from.wrapping_add(VOXELS_AHEAD * LANES));
                 }
                 let o = D::bt::<S>(&a);
                 for (d, o) in o.iter().enumerate().take(D::T) {
@@ -406,6 +421,38 @@ impl Kept {
     pub const ALL: [Self; 3] = [Self::Whole, Self::Rows, Self::Planes];
 }
 
+/// Inputs that are asked for before they are read: rows of voxels, a few lines during each product.
+#[derive(Clone, Copy, Debug)]
+pub struct Next {
+    /// The first voxel.
+    pub x: *const f32,
+    /// Blocks of channels, planes and rows.
+    pub extent: [usize; 3],
+    /// Floats from one to the next of each.
+    pub steps: [usize; 3],
+    /// Voxels of a row, or none to ask for nothing.
+    pub voxels: usize,
+    /// Products that there are in all, and those before these.
+    pub products: [usize; 2],
+}
+
+impl Next {
+    /// What product `index` of these asks for: the first voxel, and how many.
+    fn part(&self, index: usize) -> (*const f32, usize) {
+        let [blocks, planes, rows] = self.extent;
+        // equal parts of each row of voxels
+        let parts = (self.products[0] / (blocks * planes * rows).max(1)).max(1);
+        let (row, part) = ((self.products[1] + index) / parts, (self.products[1] + index) % parts);
+        if row >= blocks * planes * rows {
+            return (self.x, 0);
+        }
+        let at = [row / (planes * rows), row / rows % planes, row % rows];
+        let offset: usize = at.iter().zip(self.steps).map(|(i, step)| i * step).sum();
+        let (first, end) = (part * self.voxels / parts, (part + 1) * self.voxels / parts);
+        (self.x.wrapping_add(offset + first * LANES), end - first)
+    }
+}
+
 /// All that lies between [`columns`] and [`outputs`], for one of the T_d T_h transforms of a block of strips.
 #[derive(Clone, Copy, Debug)]
 pub struct Middle {
@@ -434,6 +481,8 @@ pub struct Middle {
     pub kept: Kept,
     /// The row of G along H, where they are kept without it.
     pub mix: [f32; 3],
+    /// What is asked for meanwhile.
+    pub next: Next,
     /// [`super::matrix::product`], compiled once.
     pub product: unsafe fn(&Product),
 }
@@ -503,6 +552,7 @@ pub unsafe fn middle<S: Simd, W: Axis>(p: &Middle) {
                     } else {
                         lines.min(channel / LANES)
                     };
+                    let (next, next_lines) = p.next.part(panel * W::T + w);
                     (p.product)(&Product {
                         tiles,
                         blocks: c_in,
@@ -512,6 +562,8 @@ pub unsafe fn middle<S: Simd, W: Axis>(p: &Middle) {
                         m: p.m.add(w * m_stride),
                         ahead,
                         lines: asked,
+                        next,
+                        next_lines,
                     });
                     lines -= asked.min(lines);
                     ahead = ahead.wrapping_add(asked * LANES);
