@@ -120,6 +120,11 @@ impl Winograd<'_> {
         z * steps[0] * shape.plane() + y * steps[1] * shape.row() + part * tiles * steps[2] * LANES
     }
 
+    /// Rows of tiles of a plane.
+    fn rows(&self) -> usize {
+        self.conv.tiles()[1]
+    }
+
     /// Voxels along W that a strip reads.
     fn voxels(&self) -> usize {
         (self.parts[1] - 1) * self.tiling.steps()[2] + self.tiling.inputs()[2]
@@ -282,7 +287,12 @@ pub fn winograd(
         let items = groups * depth_tiles.len();
         // The item that the same thread is likely to do next.
         let threads = context.pool.threads();
-        let place = |item: usize| [depth_tiles[item % depth_tiles.len()], item / depth_tiles.len() * strips];
+        let place = |item: usize| {
+            let (z, group) = (depth_tiles[item % depth_tiles.len()], item / depth_tiles.len());
+            // Strips below each other follow each other: they share rows.
+            let strip = if strips == 1 { group % work.rows() * work.parts[0] + group / work.rows() } else { group * strips };
+            [z, strip]
+        };
         return context.run(items, &|item, thread| {
             let [z, first] = place(item);
             let next = (item + threads < items).then(|| place(item + threads));

@@ -582,6 +582,9 @@ pub unsafe fn middle<S: Simd, W: Axis>(p: &Middle) {
     }
 }
 
+/// Tiles that the transforms along W ask ahead for what they will write: a store waits for a line that is not there.
+const TILES_AHEAD: usize = 4;
+
 /// B^T along W of the tiles of one strip and block of channels, the `first` tile of V and those behind it.
 ///
 /// # Safety
@@ -606,7 +609,9 @@ unsafe fn along_in<S: Simd, W: Axis>(
             let tile = first + t;
             let to = v.add((tile / S::ROWS * blocks * S::ROWS + tile % S::ROWS) * LANES);
             for (i, o) in o.iter().enumerate().take(W::T) {
-                S::store(to.add(i * stride), *o);
+                let to = to.add(i * stride);
+                S::store(to, *o);
+                S::prefetch_near(to.wrapping_add(TILES_AHEAD * LANES));
             }
         }
     }
@@ -627,7 +632,9 @@ unsafe fn along_out<S: Simd, W: Axis>(m: *const f32, stride: usize, vectors: usi
             }
             let o = W::at::<S>(&a);
             for (i, o) in o.iter().enumerate().take(W::M) {
-                S::store(to.add((t * W::M + i) * LANES), *o);
+                let to = to.add((t * W::M + i) * LANES);
+                S::store(to, *o);
+                S::prefetch_near(to.wrapping_add(TILES_AHEAD * W::M * LANES));
             }
         }
     }
