@@ -290,7 +290,8 @@ pub fn winograd(
         let place = |item: usize| {
             let (z, group) = (depth_tiles[item % depth_tiles.len()], item / depth_tiles.len());
             // Strips below each other follow each other: they share rows.
-            let strip = if strips == 1 { group % work.rows() * work.parts[0] + group / work.rows() } else { group * strips };
+            let strip =
+                if strips == 1 { group % work.rows() * work.parts[0] + group / work.rows() } else { group * strips };
             [z, strip]
         };
         return context.run(items, &|item, thread| {
@@ -547,7 +548,7 @@ mod tests {
     use crate::engine::cpu::dispatch::Isa;
     use crate::engine::cpu::plan::Plan;
     use crate::engine::cpu::simd::Scalar;
-    use crate::engine::cpu::winograd::{Axis, Four, MAX_T, Poly2, Poly4, Two, g_row};
+    use crate::engine::cpu::winograd::{Axis, Four, MAX_T, Poly2, Poly4, Six, Two, g_row};
     use crate::model::synthetic::Stream;
     use crate::model::{Architecture, Model};
     use proptest::prelude::*;
@@ -580,6 +581,7 @@ mod tests {
 
     fn axes(tiling: Tiling) -> [[Matrix; 3]; 3] {
         match tiling {
+            Tiling::F464 => [magnitudes::<Four>(), magnitudes::<Six>(), magnitudes::<Four>()],
             Tiling::F444 => [magnitudes::<Four>(), magnitudes::<Four>(), magnitudes::<Four>()],
             Tiling::F244 => [magnitudes::<Two>(), magnitudes::<Four>(), magnitudes::<Four>()],
             Tiling::F222 => [magnitudes::<Two>(), magnitudes::<Two>(), magnitudes::<Two>()],
@@ -1028,6 +1030,7 @@ mod tests {
         }
         check::<Two>();
         check::<Four>();
+        check::<Six>();
         check::<Poly2>();
         check::<Poly4>();
     }

@@ -13,7 +13,7 @@ use super::matrix::{self, DirectRow, MergeRow, Product};
 use super::simd::{Avx2, Avx512};
 use super::simd::{Scalar, Simd};
 use super::stem::{self, StemRows};
-use super::winograd::{self, Axis, Columns, Four, Kept, Middle, Outputs, Poly2, Poly4, Two};
+use super::winograd::{self, Axis, Columns, Four, Kept, Middle, Outputs, Poly2, Poly4, Six, Two};
 
 /// An instruction set with kernels of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -77,6 +77,9 @@ impl std::str::FromStr for Isa {
 /// Tiles of a Winograd convolution: outputs along depth, rows and columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub enum Tiling {
+    /// F(4,6,4), stride 1.
+    #[serde(rename = "F(4,6,4)")]
+    F464,
     /// F(4,4,4), stride 1.
     #[serde(rename = "F(4,4,4)")]
     F444,
@@ -98,6 +101,7 @@ pub enum Tiling {
 macro_rules! with_axes {
     ($tiling:expr, $f:ident) => {
         match $tiling {
+            Tiling::F464 => $f!(Four, Six, Four),
             Tiling::F444 => $f!(Four, Four, Four),
             Tiling::F244 => $f!(Two, Four, Four),
             Tiling::F222 => $f!(Two, Two, Two),
@@ -109,15 +113,16 @@ macro_rules! with_axes {
 
 impl Tiling {
     /// Those of stride 1.
-    pub const STRIDE_1: [Self; 3] = [Self::F444, Self::F244, Self::F222];
+    pub const STRIDE_1: [Self; 4] = [Self::F464, Self::F444, Self::F244, Self::F222];
     /// Those of stride 2.
     pub const STRIDE_2: [Self; 2] = [Self::P444, Self::P222];
     /// Every one.
-    pub const ALL: [Self; 5] = [Self::F444, Self::F244, Self::F222, Self::P444, Self::P222];
+    pub const ALL: [Self; 6] = [Self::F464, Self::F444, Self::F244, Self::F222, Self::P444, Self::P222];
 
     /// Its name in reports.
     pub const fn as_str(self) -> &'static str {
         match self {
+            Self::F464 => "F(4,6,4)",
             Self::F444 => "F(4,4,4)",
             Self::F244 => "F(2,4,4)",
             Self::F222 => "F(2,2,2)",

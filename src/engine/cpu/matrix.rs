@@ -209,15 +209,17 @@ pub unsafe fn direct_row<S: Simd, const E: u8>(p: &DirectRow) {
 pub struct Product {
     /// Tiles.
     pub tiles: usize,
+    /// Tiles of a group (the last may have fewer), at most `S::ROWS`.
+    pub size: usize,
     /// Blocks of input channels.
     pub blocks: usize,
     /// Vectors of the panel, 1 to `S::PANEL`.
     pub vectors: usize,
-    /// `[tile / ROWS][block][tile % ROWS][16]`, with room for whole groups of `S::ROWS` tiles.
+    /// `[group][block][tile of the group][16]`, with room for `S::ROWS` tiles in each group.
     pub v: *const f32,
     /// `[input channel][vector][16]`.
     pub u: *const f32,
-    /// `[tile][vector][16]`, with room for whole groups.
+    /// `[group][tile of the group][vector][16]`, with room for `S::ROWS` tiles in each group.
     pub m: *mut f32,
     /// What is asked for meanwhile, a cache line a step: weights.
     pub ahead: *const f32,
@@ -290,9 +292,9 @@ unsafe fn groups<S: Simd, const NV: usize>(p: &Product) {
     let (mut v, mut m) = (p.v, p.m);
     let (mut next, end) = (p.next, p.next.wrapping_add(p.next_lines * LANES));
     while first < p.tiles {
-        let here = (p.tiles - first).min(S::ROWS);
+        let here = (p.tiles - first).min(p.size);
         // Two lines a step where one would not fetch all before the tiles end.
-        let left = (p.tiles - first).div_ceil(S::ROWS);
+        let left = (p.tiles - first).div_ceil(p.size);
         let a_step = lines.div_ceil(steps * left).min(2);
         macro_rules! group {
             ($mr:literal) => {
@@ -307,11 +309,13 @@ unsafe fn groups<S: Simd, const NV: usize>(p: &Product) {
         unsafe {
             match here {
                 13.. if S::ROWS == WIDE_ROWS => group!(14),
-                11.. if S::ROWS == WIDE_ROWS => group!(12),
+                12 if S::ROWS == WIDE_ROWS => group!(12),
+                11 if S::ROWS == WIDE_ROWS => group!(11),
                 9.. if S::ROWS == WIDE_ROWS => group!(10),
                 8 if S::ROWS == WIDE_ROWS => group!(8),
                 7 if S::ROWS == WIDE_ROWS => group!(7),
-                5.. => group!(6),
+                6.. => group!(6),
+                5 => group!(5),
                 3.. => group!(4),
                 _ => group!(2),
             }
@@ -320,7 +324,7 @@ unsafe fn groups<S: Simd, const NV: usize>(p: &Product) {
         (lines, ahead) = (lines - fetched, ahead.wrapping_add(fetched * LANES));
         next = next.wrapping_add(p.blocks * NEXT_LINES * LANES);
         (v, m) = (v.wrapping_add(steps * S::ROWS), m.wrapping_add(S::ROWS * NV * LANES));
-        first += S::ROWS;
+        first += p.size;
     }
 }
 

@@ -71,7 +71,8 @@ pub fn measure(kernels: &Kernels, threads: usize) -> Result<Roof, EngineError> {
         let (v, u) = (vec![0.5; tiles * c_in], vec![0.5; c_in * vectors * LANES]);
         let mut m = vec![0.0; tiles * vectors * LANES];
         let (v, u, m) = (v.as_ptr(), u.as_ptr(), m.as_mut_ptr());
-        let product = Product { tiles, blocks, vectors, v, u, m, ahead: u, lines: 0, next: u, next_lines: 0 };
+        let product =
+            Product { tiles, size: kernels.rows, blocks, vectors, v, u, m, ahead: u, lines: 0, next: u, next_lines: 0 };
         for _ in 0..times {
             // SAFETY: as above, and the operands have the lengths that the product says.
             unsafe { (kernels.product)(black_box(&product)) };

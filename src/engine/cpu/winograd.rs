@@ -35,6 +35,8 @@
 //! Deliberately absent: padding (tensors carry zero borders), any knowledge of layers.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::matrix::Product;
 use super::simd::{LANES, Simd};
 
@@ -45,7 +47,7 @@ pub const MAX_FREQUENCIES: usize = MAX_T * MAX_T * MAX_T;
 /// Vectors of a column of the largest axes.
 const COLUMN: usize = MAX_T * MAX_T;
 /// Most outputs of an axis.
-pub const MAX_M: usize = 4;
+pub const MAX_M: usize = 6;
 
 /// Values along one axis; those beyond T are unused.
 type Axial<V> = [V; MAX_T];
@@ -207,6 +209,85 @@ impl Axis for Four {
                 let even = S::fma(S::splat(p * p / n), w[2], S::mul(S::splat(1.0 / n), w[0]));
                 o[i] = S::fma(S::splat(p / n), w[1], even);
                 o[i + 1] = S::fnma(S::splat(p / n), w[1], even);
+            }
+            o
+        }
+    }
+}
+
+/// The points of F(6, 3): +-1/2, +-1, +-2.
+const POINTS: [f32; 3] = [0.5, 1.0, 2.0];
+/// The sum of two points' squares and their product, for those that are not the first, the second, the third.
+const OTHERS: [[f32; 2]; 3] = [[5.0, 4.0], [4.25, 1.0], [1.25, 0.25]];
+
+/// F(6, 3): points 0, +-1/2, +-1, +-2, infinity.
+#[derive(Clone, Copy, Debug)]
+pub struct Six;
+
+impl Axis for Six {
+    const M: usize = 6;
+    const T: usize = 8;
+    const STEP: usize = 6;
+    const U: usize = 8;
+    fn weight_of(t: usize) -> usize {
+        t
+    }
+    fn g([w0, w1, w2]: [f64; 3]) -> [f64; MAX_T] {
+        let mut g = [-w0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, w2, 0.0];
+        for (i, (p, [sum, product])) in POINTS.into_iter().zip(OTHERS).enumerate() {
+            let (p, square) = (f64::from(p), f64::from(p * p));
+            let n = 2.0 * square * (square * square - f64::from(sum) * square + f64::from(product));
+            g[1 + 2 * i] = (w0 + p * w1 + square * w2) / n;
+            g[2 + 2 * i] = (w0 - p * w1 + square * w2) / n;
+        }
+        g
+    }
+    #[inline(always)]
+    unsafe fn bt<S: Simd>(x: &Axial<S::V>) -> Axial<S::V> {
+        let mut o = *x;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let all = S::splat(5.25);
+            o[0] = S::fma(all, S::sub(x[2], x[4]), S::sub(x[6], x[0]));
+            for (i, (p, [sum, product])) in POINTS.into_iter().zip(OTHERS).enumerate() {
+                let (sum, product) = (S::splat(sum), S::splat(product));
+                let even = S::fma(product, x[2], S::fnma(sum, x[4], x[6]));
+                let odd = S::fma(product, x[1], S::fnma(sum, x[3], x[5]));
+                o[1 + 2 * i] = S::fma(S::splat(p), odd, even);
+                o[2 + 2 * i] = S::fnma(S::splat(p), odd, even);
+            }
+            o[7] = S::fma(all, S::sub(x[3], x[5]), S::sub(x[7], x[1]));
+        }
+        o
+    }
+    #[inline(always)]
+    unsafe fn at<S: Simd>(m: &Axial<S::V>) -> Axial<S::V> {
+        let mut o = *m;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let pair = |i: usize| (S::add(m[1 + 2 * i], m[2 + 2 * i]), S::sub(m[1 + 2 * i], m[2 + 2 * i]));
+            let [(s0, d0), (s1, d1), (s2, d2)] = [pair(0), pair(1), pair(2)];
+            let (half, quarter, eighth) = (S::splat(0.5), S::splat(0.25), S::splat(0.125));
+            o[0] = S::add(S::add(m[0], s0), S::add(s1, s2));
+            o[1] = S::fma(S::splat(2.0), d2, S::fma(half, d0, d1));
+            o[2] = S::fma(S::splat(4.0), s2, S::fma(quarter, s0, s1));
+            o[3] = S::fma(S::splat(8.0), d2, S::fma(eighth, d0, d1));
+            o[4] = S::fma(S::splat(16.0), s2, S::fma(S::splat(0.0625), s0, s1));
+            o[5] = S::fma(S::splat(32.0), d2, S::fma(S::splat(0.03125), d0, S::add(d1, m[7])));
+        }
+        o
+    }
+    #[inline(always)]
+    unsafe fn expand<S: Simd>(w: &[S::V; 3]) -> Axial<S::V> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let zero = S::splat(0.0);
+            let mut o = [S::sub(zero, w[0]), zero, zero, zero, zero, zero, zero, w[2], zero];
+            for (i, (p, [sum, product])) in POINTS.into_iter().zip(OTHERS).enumerate() {
+                let n = 2.0 * p * p * (p * p * p * p - sum * p * p + product);
+                let even = S::fma(S::splat(p * p / n), w[2], S::mul(S::splat(1.0 / n), w[0]));
+                o[1 + 2 * i] = S::fma(S::splat(p / n), w[1], even);
+                o[2 + 2 * i] = S::fnma(S::splat(p / n), w[1], even);
             }
             o
         }
@@ -516,14 +597,17 @@ pub unsafe fn middle<S: Simd, W: Axis>(p: &Middle) {
     while first < p.strips {
         let strips = p.together.min(p.strips - first);
         let tiles = strips * p.tiles;
-        let slots = tiles.div_ceil(S::ROWS) * S::ROWS;
+        let groups = tiles.div_ceil(S::ROWS);
+        // groups of equal size: the last one's few tiles would not keep the multiply-adds busy
+        let (size, slots) = (tiles.div_ceil(groups), groups * S::ROWS);
         let v_stride = odd_lines(slots * c_in);
         // SAFETY: the caller's promise; indices are below the extents of the fields.
         unsafe {
             for strip in 0..strips {
                 for block in 0..c_in {
                     let from = p.columns.add((first + strip) * p.strip + block * voxels * LANES);
-                    along_in::<S, W>(from, p.v.add(block * S::ROWS * LANES), v_stride, strip * p.tiles, p.tiles, c_in);
+                    let v = p.v.add(block * S::ROWS * LANES);
+                    along_in::<S, W>(from, v, v_stride, strip * p.tiles..(strip + 1) * p.tiles, size, c_in);
                 }
             }
             for panel in 0..panels {
@@ -555,6 +639,7 @@ pub unsafe fn middle<S: Simd, W: Axis>(p: &Middle) {
                     let (next, next_lines) = p.next.part(panel * W::T + w);
                     (p.product)(&Product {
                         tiles,
+                        size,
                         blocks: c_in,
                         vectors,
                         v: p.v.add(w * v_stride),
@@ -571,9 +656,9 @@ pub unsafe fn middle<S: Simd, W: Axis>(p: &Middle) {
                 for strip in 0..strips {
                     for vector in 0..vectors {
                         let block = panel * S::PANEL + vector;
-                        let from = p.m.add((strip * p.tiles * vectors + vector) * LANES);
                         let to = p.columns.add((first + strip) * p.strip + block * p.tiles * W::M * LANES);
-                        along_out::<S, W>(from, m_stride, vectors, to, p.tiles);
+                        let tiles = strip * p.tiles..(strip + 1) * p.tiles;
+                        along_out::<S, W>(p.m.add(vector * LANES), m_stride, vectors, to, tiles, size);
                     }
                 }
             }
@@ -585,7 +670,7 @@ pub unsafe fn middle<S: Simd, W: Axis>(p: &Middle) {
 /// Tiles that the transforms along W ask ahead for what they will write: a store waits for a line that is not there.
 const TILES_AHEAD: usize = 4;
 
-/// B^T along W of the tiles of one strip and block of channels, the `first` tile of V and those behind it.
+/// B^T along W of the tiles of one strip and block of channels, `tiles` of V, in groups of `size`.
 ///
 /// # Safety
 /// As [`middle`].
@@ -594,20 +679,21 @@ unsafe fn along_in<S: Simd, W: Axis>(
     from: *const f32,
     v: *mut f32,
     stride: usize,
-    first: usize,
-    tiles: usize,
+    tiles: Range<usize>,
+    size: usize,
     blocks: usize,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        for t in 0..tiles {
+        let (mut group, mut row) = (tiles.start / size, tiles.start % size);
+        for t in 0..tiles.len() {
             let mut a = [S::splat(0.0); MAX_T];
             for (i, a) in a.iter_mut().enumerate().take(W::T) {
                 *a = S::load(from.add((t * W::STEP + i) * LANES));
             }
             let o = W::bt::<S>(&a);
-            let tile = first + t;
-            let to = v.add((tile / S::ROWS * blocks * S::ROWS + tile % S::ROWS) * LANES);
+            let to = v.add((group * blocks * S::ROWS + row) * LANES);
+            (group, row) = if row + 1 == size { (group + 1, 0) } else { (group, row + 1) };
             for (i, o) in o.iter().enumerate().take(W::T) {
                 let to = to.add(i * stride);
                 S::store(to, *o);
@@ -617,18 +703,28 @@ unsafe fn along_in<S: Simd, W: Axis>(
     }
 }
 
-/// A^T along W of the tiles of one strip and block of channels.
+/// A^T along W of the tiles of one strip and block of channels, `tiles` of M, in groups of `size`.
 ///
 /// # Safety
 /// As [`middle`].
 #[inline(always)]
-unsafe fn along_out<S: Simd, W: Axis>(m: *const f32, stride: usize, vectors: usize, to: *mut f32, tiles: usize) {
+unsafe fn along_out<S: Simd, W: Axis>(
+    m: *const f32,
+    stride: usize,
+    vectors: usize,
+    to: *mut f32,
+    tiles: Range<usize>,
+    size: usize,
+) {
     // SAFETY: the caller's promise.
     unsafe {
-        for t in 0..tiles {
+        let (mut group, mut row) = (tiles.start / size, tiles.start % size);
+        for t in 0..tiles.len() {
             let mut a = [S::splat(0.0); MAX_T];
+            let m = m.add((group * S::ROWS + row) * vectors * LANES);
+            (group, row) = if row + 1 == size { (group + 1, 0) } else { (group, row + 1) };
             for (i, a) in a.iter_mut().enumerate().take(W::T) {
-                *a = S::load(m.add(i * stride + t * vectors * LANES));
+                *a = S::load(m.add(i * stride));
             }
             let o = W::at::<S>(&a);
             for (i, o) in o.iter().enumerate().take(W::M) {
