@@ -5,8 +5,9 @@
 //! before each item; an item takes about a millisecond on one core at full size.
 //!
 //! Two ways through a Winograd convolution. Where the transformed weights stay in the cache ([`Conv::is_private`]) each
-//! thread takes blocks of tiles through all three steps, blocks along depth first, so that the planes two tiles share
-//! are still in the cache; otherwise all threads do one step of one block together, so that weights are read once a block.
+//! thread takes strips of tiles through all three steps, along depth first, so that the planes two tiles share are still in
+//! the cache, and asks for the inputs of its likely next strip during the products of this one; otherwise all threads do
+//! one step of one block together, so that weights are read once a block.
 //!
 //! Every function here checks the lengths that its kernels rely on, and is safe to call.
 #![allow(unsafe_code)]

@@ -1,22 +1,22 @@
 //! Matrix products in registers: the middle of a Winograd convolution, and convolutions done directly.
 //!
 //! ```text
-//! tile:       c[r][v] = sum over segments, k of  a[r * lda + offset + k] * b[segment][k][v]     r < MR, v < NV vectors
-//! frequency:  M[t][co] for one frequency: tiles of 6 rows x NV vectors over all t and co
-//! direct_row: one row of output voxels: the segments are the taps and blocks of input channels of each voxel
+//! product:    m[t][v] = sum over ci of  v[t][ci] * u[ci][v]           groups of 14 tiles x 2 vectors (AVX2: 6 x 1)
+//! direct_row: c[x][v] = sum over segments, k of  a[x * lda + offset + k] * b[segment][k][v]       6 voxels x 4 vectors
 //! ```
 //!
-//! Rows of `a` are broadcast value by value, `b` lies in panels of NV vectors in the order it is read, sums stay in
-//! registers: 6 x 4 vectors with AVX-512, 6 x 1 (of two registers) with AVX2. What follows a direct convolution (bias,
-//! ReLU; or attention scale, shortcut and ReLU) is done before the registers are stored.
+//! One side is broadcast value by value, the other lies in panels in the order it is read, sums stay in registers. V has
+//! the sixteen channels of a group's tiles one after the other, so that every broadcast is at a constant distance from one
+//! pointer: with rows far apart the fourteen addresses do not fit the registers (83 instead of 115 GFLOP/s were measured).
+//! Fourteen tiles take two cache lines of weights in 28 multiply-adds, 6 x 4 took four in 24: weights come from the second
+//! and third level. Groups are of equal size: of 14 tiles in sixes the last two would wait for their own sums.
+//! What follows a direct convolution (bias, ReLU; or attention scale, shortcut and ReLU) is done before it is stored.
 //!
-//! **Ahead.** While a tile is computed, the panel of weights that follows in memory (the next one, or the next
-//! frequency's first) is asked for, one cache line a step of k and two in tiles of fewer rows, so that a full block of
-//! tiles fetches about one panel. Asked for in bursts before each tile the same lines made it slower, because the core
-//! stopped when its queue of misses was full; spread out they raised the products of layer2 from 160 to 195 GFLOP/s.
+//! **Ahead.** While a group is computed, the panel of weights that follows is asked for, one or two cache lines a step,
+//! and a few lines of the inputs that come next. Spread out: in bursts they fill the queue of misses and the core stops.
 //!
-//! **Arithmetic.** 24 multiply-adds for 10 loads with AVX-512: 98 % of the peak was measured out of the first-level cache
-//! (EPYC 9005: 246 of 250 GFLOP/s on one core), 12 for 8 with AVX2 (118 GFLOP/s).
+//! **Arithmetic.** 28 multiply-adds for 16 loads with AVX-512, 12 for 8 with AVX2; 97 % of the measured peak out of the
+//! first-level cache with both (EPYC 9004: 228 and 229 of 236 GFLOP/s on two cores).
 //!
 //! **Error.** A sum of n products by FMA in sequence: |d| <= n u sum |a b|, u = 2^-24 (2 n u without FMA); the bias and
 //! the scaling add 3 u of what they touch. The order of a sum is that of its segments and k, whatever tile it is in, so

@@ -1,11 +1,11 @@
 //! The model rearranged for the kernels: batch normalisation folded, a method a convolution, weights in the order they
 //! are read, shapes with their borders.
 //!
-//! **Choice of method.** A 3x3x3 convolution takes the tiling with the least estimated time on one core (`cost_ns`;
-//! its three constants were measured, see `docs/performance.md`), stride 2 also direct. Where all the transformed weights
-//! would exceed [`WINOGRAD_BYTES`], the convolution that loses least time for the bytes it saves takes its next smaller
-//! tiling, until they fit. At full size: F(4,4,4) in layers 1 to 3, F(2,2,2) in layer 4. The choice depends on the
-//! architecture alone, not on threads or machine.
+//! **Choice of method.** A 3x3x3 convolution takes the tiling, and the way of keeping its weights, with the least estimated
+//! time on one core (`cost_ns`; its constants were measured, see `docs/performance.md`), stride 2 also direct. Where all
+//! the weights would exceed [`WINOGRAD_BYTES`], the convolution that loses least time for the bytes it saves takes its next
+//! smaller choice, until they fit. At full size: F(4,6,4) in layers 1 and 3, F(4,4,4) in layers 2 and 4, 302 MiB. The
+//! choice depends on the architecture alone, not on threads or machine.
 //!
 //! Deliberately absent: memory of a run ([`super::arena`]) and what is done with the plan ([`super::conv`]).
 

@@ -1,36 +1,45 @@
 //! Three-dimensional Winograd convolution, 3x3x3 kernels, stride 1 and 2.
 //!
 //! ```text
-//! for each tile (a box of M_d x M_h x M_w outputs):
-//!     V[f][t][ci] = B^T x along W, H, D of the T_d x T_h x T_w inputs         input_row
-//!     M[f][t][co] = sum over ci of V[f][t][ci] * U[f][ci][co]                  matrix::frequency
-//!     y = A^T M along D, H, W, + bias, ReLU, sums                              output_row
-//! U[f] = G w along D, H, W                                                     kernel_transform, once
+//! for each block of strips (a strip: tiles beside each other along W, a tile: a box of M_d x M_h x M_w outputs):
+//!     columns:  C[f][x][ci] = B^T along D and H of each voxel the strip reads                T_d x T_h transforms f
+//!     middle, for each f:
+//!         V[w][t][ci] = B^T along W of C[f]                                                  T_w frequencies w
+//!         M[w][t][co] = sum over ci of V[w][t][ci] * U[f][w][ci][co], one panel of co after the other    matrix::product
+//!         C[f][x][co] = A^T along W of M, in the place of what was read
+//!     outputs:  y = A^T along H and D of C, + bias, ReLU, sums
+//! U = G w along D, H, W                            kernel_transform, once; or without W, or without H and W, see Kept
 //! ```
 //!
 //! One axis computes M outputs of a 3-tap correlation from T inputs with T products instead of 3 M ([`Axis`]); axes
 //! nest. F(4,3) takes the points 0, +-5/8, +-3/2 and infinity: on random data of 64 channels its relative rms error in
-//! three dimensions is 1.4e-6, that of the customary 0, +-1, +-2 is 4.6e-6, and all its constants are exact in f32.
+//! three dimensions is 1.4e-6, that of the customary 0, +-1, +-2 is 4.6e-6, and all its constants are exact in f32. F(6,3), with
+//! +-1/2, +-1, +-2, is taken along H alone: twice the error of F(4,4,4).
 //!
 //! **Stride 2** ([`Poly4`], [`Poly2`]): output o reads the inputs 2o-1, 2o, 2o+1. The odd ones are a 2-tap correlation,
 //! done by F(4,2) with the points +-5/8, +-3/2 (infinity included), the even ones a product each; both are rows of one
 //! transform, so that the same three passes serve. M = 4 takes 5 + 4 products where 12 were needed.
 //!
-//! Multiplications an output, one channel pair: direct 27; F(4,4,4) 3.375; F(2,4,4) 4.5; F(2,2,2) 8; stride 2 with
-//! M = 4 11.4, with M = 2 15.6.
+//! Multiplications an output, one channel pair: direct 27; F(4,6,4) 3; F(4,4,4) 3.375; F(2,4,4) 4.5; F(2,2,2) 8; stride 2
+//! with M = 4 11.4, with M = 2 15.6.
 //!
-//! **Tricks.** Columns of voxels are transformed along D and H once and shared by the tiles that overlap along W. The
-//! distance of two frequencies in V and M is an odd number of cache lines, so that the T_d T_h T_w lines that a tile
-//! touches fall into different sets. Large outputs are written past the caches.
+//! **Tricks.** Only C has to hold all transforms: V and M are those of one f, some 30 KB, and C takes its results in place,
+//! so that stores find their lines in the second-level cache (a store that misses it costs some 20 cycles, and V and M of
+//! a whole tile were 216 of them). Voxels are transformed along D and H once and shared by the tiles that overlap along
+//! W. The distance of two transforms is an odd number of cache lines, so that lines of a voxel fall into different sets.
+//! Deep layers have few tiles for their weights: there U is kept without W or without H and W and completed in the
+//! second-level cache for each f, which costs a tenth of the products and saves half or three quarters of the bytes.
+//! While products are computed, weights and the next block's inputs are asked for. Large outputs go past the caches.
 //!
-//! **Arithmetic** of one tile and sixteen channels in F(4,4,4): input 1008 multiply-adds, 504 loads, 504 stores; output
-//! 988, 456, 304. The matrix products of 64 -> 64 channels take 27,648 vector multiply-adds a tile, so that the
-//! transforms are a sixth of the instructions where everything stays in the caches.
+//! **Arithmetic** of one tile and sixteen channels in F(4,4,4): columns 288 multiply-adds, 288 loads, 288 stores; along W
+//! 432, 216, 216; back 360, 216, 144 and 240 + 160, 144 + 96, 96 + 64. The products of 64 -> 64 channels take 55,296
+//! vector multiply-adds a tile.
 //!
 //! **Error.** Rounding is relative to what is rounded, so with |.| taken of all matrices and data
 //! `|y' - y| <= k u A|.| (sum over ci of G|w| * B|x|)`, u = 2^-24, where k counts the roundings that one term may pass:
 //! per axis at most 4 in B^T and 6 in A^T (twice that without FMA), 1 for U, one a channel in the sum, and 2 for bias
-//! and store: k = c_in + 3 (4 + 6) + 3, doubled without FMA. The property test computes this bound for each case.
+//! and store: k = c_in + 3 (4 + 6) + 3, doubled without FMA. Weights completed each time pass 4 more roundings an axis.
+//! The property test computes this bound for each case.
 //!
 //! Deliberately absent: padding (tensors carry zero borders), any knowledge of layers.
 #![allow(unsafe_code)]
