@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import pathlib
 import sys
 import time
@@ -200,6 +201,8 @@ def torch_compiled(args: argparse.Namespace) -> tuple[Run, Json]:
     import torch._inductor.config
 
     torch._inductor.config.freezing = True
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
+        torch._inductor.config.cpp.simdlen = 256
 
     def compiled(network: Any) -> Any:
         torch._dynamo.reset()

@@ -6,8 +6,8 @@
 //!      8      4  version, u32 little endian
 //!     12      4  CRC-32 of the values
 //!     16      8  number of values, u64 little endian
-//!     24     32  key: SHA-256 over the weights' SHA-256, the kernels' version, the instruction set's panel width and each
-//!                convolution's method
+//!     24     32  key: SHA-256 over the weights' SHA-256, the kernels' version, the instruction set's panel widths, each
+//!                convolution's method and how its weights are kept
 //!     56   4040  zero
 //!   4096      4  each value, f32 little endian
 //! ```
@@ -28,8 +28,9 @@ use sha2::{Digest, Sha256};
 
 use super::arena::Floats;
 use super::dispatch::Kernels;
-use super::plan::{Plan, pack_channel};
+use super::plan::{Method, Plan, pack_channel};
 use super::pool::Pool;
+use super::winograd::Kept;
 use crate::engine::EngineError;
 use crate::model::Model;
 
@@ -37,7 +38,7 @@ const MAGIC: &[u8; 8] = b"DARNETCW";
 /// Version of the layout above.
 const VERSION: u32 = 1;
 /// Counts changes of transforms and packing: what an earlier version wrote is not read.
-const KERNEL_VERSION: u32 = 1;
+const KERNEL_VERSION: u32 = 2;
 const HEADER: usize = 4096;
 /// Weights of fewer bytes are packed at each start: that takes less than 50 ms.
 const SMALLEST_BYTES: usize = 8 << 20;
@@ -117,12 +118,20 @@ fn key(model: &Model, plan: &Plan, kernels: &Kernels) -> [u8; 32] {
     let mut hash = Sha256::new();
     hash.update(model.sha256.as_bytes());
     hash.update(KERNEL_VERSION.to_le_bytes());
-    hash.update((kernels.vectors as u64).to_le_bytes());
+    for vectors in [kernels.vectors, kernels.panel] {
+        hash.update((vectors as u64).to_le_bytes());
+    }
     for conv in plan.convolutions() {
         hash.update(conv.name.as_bytes());
         hash.update([0]);
         hash.update(conv.method.as_str().as_bytes());
-        hash.update([0]);
+        hash.update([match conv.method {
+            Method::Direct => 0,
+            Method::Winograd(_, Kept::Whole) => 1,
+            Method::Winograd(_, Kept::Rows) => 2,
+            Method::Winograd(_, Kept::Planes) => 3,
+            Method::Depth => 4,
+        }]);
     }
     hash.finalize().into()
 }
@@ -202,7 +211,7 @@ pub fn pack(model: &Model, plan: &Plan, kernels: &Kernels, pool: &Pool) -> Resul
         let part = &mut packed[conv.weights_at..conv.weights_at + conv.weights_len];
         let place = Place(part.as_mut_ptr(), part.len());
         pool.run(conv.input.c, &|ci, _| {
-            pack_channel(conv, kernels.vectors, weights, ci, |index, value| place.write(index, value));
+            pack_channel(conv, kernels, weights, ci, |index, value| place.write(index, value));
         });
     }
     Ok(packed)

@@ -5,19 +5,21 @@
 //! before each item; an item takes about a millisecond on one core at full size.
 //!
 //! Two ways through a Winograd convolution. Where the transformed weights stay in the cache ([`Conv::is_private`]) each
-//! thread takes blocks of tiles through all three steps, blocks along depth first, so that the planes two tiles share
-//! are still in the cache; otherwise all threads do one step of one block together, so that weights are read once a block.
+//! thread takes strips of tiles through all three steps, along depth first, so that the planes two tiles share are still in
+//! the cache, and asks for the inputs of its likely next strip during the products of this one; otherwise all threads do
+//! one step of one block together, so that weights are read once a block.
 //!
 //! Every function here checks the lengths that its kernels rely on, and is safe to call.
 #![allow(unsafe_code)]
 
 use super::arena::{Place, Shape, Tensor};
 use super::dispatch::{Kernels, Tiling, Transforms};
-use super::matrix::{DirectRow, Frequency, MergeRow};
-use super::plan::Conv;
+use super::matrix::{DirectRow, MergeRow, Product};
+use super::plan::{Conv, Method, Scratch, StemInput};
 use super::pool::Pool;
 use super::simd::LANES;
-use super::winograd::{InputRow, OutputRow};
+use super::stem::{self, StemRows};
+use super::winograd::{Columns, Kept, Middle, Next, Outputs};
 use crate::engine::{CancelToken, EngineError};
 
 /// Outputs larger than this are written past the caches: nothing of them would be left there when they are read.
@@ -61,88 +63,146 @@ impl Sums<'_> {
 struct Winograd<'a> {
     conv: &'a Conv,
     tiling: Tiling,
-    kernels: &'a Kernels,
+    kept: Kept,
     transforms: Transforms,
+    product: unsafe fn(&Product),
     weights: &'a [f32],
     input: &'a [f32],
     output: Place,
     sums: Option<Place>,
     relu: bool,
     stream: bool,
-    tiles: [usize; 3],
+    /// Vectors of a panel of weights.
+    panel: usize,
+    /// Strips of a row of tiles, and tiles of a strip.
+    parts: [usize; 2],
+    lens: Scratch,
+    /// Floats from one transform along D and H to the next, and from strip to strip.
+    strides: [usize; 2],
+    /// Strips multiplied together.
+    together: usize,
+}
+
+/// Where a block's transforms lie, and what its thread has of its own.
+#[derive(Clone, Copy)]
+struct Room {
+    columns: Place,
+    own: Place,
 }
 
 impl Winograd<'_> {
-    /// V of one row of tiles, the `slot`th of its block.
+    /// B^T along D and H of the strip at `place`, depth and number, the `slot`th of its block, for one block of channels.
     ///
     /// # Safety
-    /// `row` and `block` are in range, and `v` holds the block's V.
-    unsafe fn input(&self, [z, y]: [usize; 2], slot: usize, block: usize, v: Place, stride: usize) {
+    /// All indices are in range, and `columns` holds the block's transforms.
+    unsafe fn columns(&self, place: [usize; 2], slot: usize, block: usize, columns: Place) {
         let shape = self.conv.input;
-        let steps = self.tiling.steps();
-        let c = shape.padded_c();
-        // SAFETY: the input's border reaches as far as the last tile reads (checked in `winograd`); slots of a block lie
-        // within a frequency.
+        let voxels = self.voxels();
+        // SAFETY: the input's border reaches as far as the last tile reads (checked in `winograd`); strips of a block lie
+        // within a transform.
         unsafe {
-            let first = block * shape.block() + z * steps[0] * shape.plane() + y * steps[1] * shape.row();
-            (self.transforms.input_row)(&InputRow {
+            let first = block * shape.block() + self.first_voxel(place);
+            (self.transforms.columns)(&Columns {
                 x: self.input.as_ptr().add(first),
                 plane: shape.plane(),
                 row: shape.row(),
-                v: v.at(slot * self.tiles[2] * c + block * LANES),
-                frequency: stride,
-                tile: c,
-                tiles: self.tiles[2],
+                to: columns.at(slot * self.strides[1] + block * voxels * LANES),
+                stride: self.strides[0],
+                voxels,
             });
         }
     }
 
-    /// M of one frequency.
+    /// Where the voxels begin that strip `strip` of depth `z` reads, floats from the input's first.
+    fn first_voxel(&self, [z, strip]: [usize; 2]) -> usize {
+        let (shape, steps) = (self.conv.input, self.tiling.steps());
+        let [parts, tiles] = self.parts;
+        let (y, part) = (strip / parts, strip % parts);
+        z * steps[0] * shape.plane() + y * steps[1] * shape.row() + part * tiles * steps[2] * LANES
+    }
+
+    /// Rows of tiles of a plane.
+    fn rows(&self) -> usize {
+        self.conv.tiles()[1]
+    }
+
+    /// Voxels along W that a strip reads.
+    fn voxels(&self) -> usize {
+        (self.parts[1] - 1) * self.tiling.steps()[2] + self.tiling.inputs()[2]
+    }
+
+    /// What transform `frequency` along D and H asks for of the `strips` strips at `place`: the planes that no tile before
+    /// it has read.
+    fn next(&self, frequency: usize, place: Option<[usize; 2]>, strips: usize) -> Next {
+        let shape = self.conv.input;
+        let (steps, inputs, parts) = (self.tiling.steps(), self.tiling.inputs(), self.parts[0]);
+        let panels = self.conv.output.blocks().div_ceil(self.panel);
+        let products = panels * inputs[2];
+        let seen = inputs[0] - steps[0];
+        let first = place.map_or(0, |place| self.first_voxel(place) + seen * shape.plane());
+        Next {
+            x: self.input.as_ptr().wrapping_add(first),
+            extent: [shape.blocks(), steps[0], (strips.div_ceil(parts) - 1) * steps[1] + inputs[1]],
+            steps: [shape.block(), shape.plane(), shape.row()],
+            voxels: if place.is_some() { self.voxels() } else { 0 },
+            products: [inputs[0] * inputs[1] * products, frequency * products],
+        }
+    }
+
+    /// What lies between, for one transform along D and H of a block of `strips` strips.
     ///
     /// # Safety
-    /// `v` and `m` hold the block's V and M with `tiles` tiles.
-    unsafe fn product(&self, frequency: usize, tiles: usize, v: Place, m: Place, strides: [usize; 2]) {
-        let (c_in, c_out) = (self.conv.input.padded_c(), self.conv.output.padded_c());
-        let weights = self.conv.weight_map[frequency] as usize * c_in * c_out;
+    /// `frequency` is in range; the room is the block's and the thread's.
+    unsafe fn middle(&self, frequency: usize, strips: usize, room: Room, next: Next) {
+        let row = &self.conv.weight_rows[frequency];
         // SAFETY: the caller's promise; the weights' length was checked in `winograd`.
         unsafe {
-            (self.kernels.frequency)(&Frequency {
-                tiles,
-                c_in,
-                c_out,
-                v: v.at(frequency * strides[0]),
-                u: self.weights.as_ptr().add(weights),
-                m: m.at(frequency * strides[1]),
+            (self.transforms.middle)(&Middle {
+                columns: room.columns.at(frequency * self.strides[0]),
+                strip: self.strides[1],
+                strips,
+                tiles: self.parts[1],
+                blocks: [self.conv.input.blocks(), self.conv.output.blocks()],
+                together: self.together,
+                v: room.own.at(0),
+                m: room.own.at(self.lens.v),
+                u: room.own.at(self.lens.v + self.lens.m),
+                weights: self.weights.as_ptr().add(row.at),
+                kept: self.kept,
+                mix: row.mix,
+                next,
+                product: self.product,
             });
         }
     }
 
-    /// Outputs of one row of tiles, the `slot`th of its block.
+    /// A^T along H and D of one strip, the `slot`th of its block, for one block of output channels.
     ///
     /// # Safety
-    /// As [`Winograd::input`]; no other item writes this row of tiles and block of channels.
-    unsafe fn output(&self, [z, y]: [usize; 2], slot: usize, block: usize, m: Place, stride: usize) {
+    /// As [`Winograd::columns`]; no other item writes this strip and block of channels.
+    unsafe fn outputs(&self, [z, strip]: [usize; 2], slot: usize, block: usize, columns: Place) {
         let shape = self.conv.output;
         let outputs = self.tiling.outputs();
         let [d, h, w] = shape.dhw;
-        let c = shape.padded_c();
-        let first = [z * outputs[0], y * outputs[1], 0];
-        // SAFETY: the output's inside is written up to `valid`; sums have their places by block, row of tiles, plane.
+        let [parts, tiles] = self.parts;
+        let (y, part) = (strip / parts, strip % parts);
+        let width = tiles * outputs[2];
+        let first = [z * outputs[0], y * outputs[1], part * width];
+        let strips = self.conv.strips();
+        // SAFETY: the output's inside is written up to `valid`; sums have their places by block, strip, plane.
         unsafe {
-            (self.transforms.output_row)(&OutputRow {
-                m: m.at(slot * self.tiles[2] * c + block * LANES),
-                frequency: stride,
-                tile: c,
-                tiles: self.tiles[2],
+            (self.transforms.outputs)(&Outputs {
+                from: columns.at(slot * self.strides[1] + block * width * LANES),
+                stride: self.strides[0],
                 y: self.output.at(shape.at(block, first)),
                 plane: shape.plane(),
                 row: shape.row(),
-                valid: [outputs[0].min(d - first[0]), outputs[1].min(h - first[1]), w],
+                valid: [outputs[0].min(d - first[0]), outputs[1].min(h - first[1]), width.min(w - first[2])],
                 bias: self.conv.bias.as_ptr().add(block * LANES),
                 relu: self.relu,
                 stream: self.stream,
                 sums: match self.sums {
-                    Some(sums) => sums.at(((block * self.tiles[1] + y) * d + first[0]) * LANES),
+                    Some(sums) => sums.at(((block * strips + strip) * d + first[0]) * LANES),
                     None => std::ptr::null_mut(),
                 },
             });
@@ -152,7 +212,7 @@ impl Winograd<'_> {
 
 /// A 3x3x3 convolution by Winograd transforms; only the tiles of the depths in `depth_tiles` are computed.
 ///
-/// `sums`, if any, receives for each block of channels, row of tiles and plane sixteen sums of the outputs.
+/// `sums`, if any, receives for each block of channels, strip of tiles and plane sixteen sums of the outputs.
 ///
 /// # Errors
 /// Cancelled.
@@ -163,7 +223,6 @@ impl Winograd<'_> {
 pub fn winograd(
     context: &Context<'_>,
     conv: &Conv,
-    tiling: Tiling,
     weights: &[f32],
     input: &Tensor,
     output: &mut Tensor,
@@ -172,8 +231,9 @@ pub fn winograd(
     scratch: &mut [f32],
     depth_tiles: &[usize],
 ) -> Result<(), EngineError> {
+    let Method::Winograd(tiling, kept) = conv.method else { panic!("winograd: {} is done directly", conv.name) };
     let tiles = conv.tiles();
-    let [nd, nh, nw] = tiles;
+    let nd = tiles[0];
     let (in_blocks, out_blocks) = (conv.input.blocks(), conv.output.blocks());
     let (steps, inputs, outputs) = (tiling.steps(), tiling.inputs(), tiling.outputs());
     for axis in 0..3 {
@@ -183,81 +243,171 @@ pub fn winograd(
         assert!((tiles[axis] - 1) * outputs[axis] < conv.output.dhw[axis], "winograd: too many tiles");
     }
     assert!(depth_tiles.iter().all(|z| *z < nd), "winograd: no such tiles");
-    assert_eq!(weights.len(), tiling.weights() * conv.input.padded_c() * conv.output.padded_c());
-    assert_eq!(conv.weight_map.len(), tiling.frequencies());
-    assert!(conv.weight_map.iter().all(|w| (*w as usize) < tiling.weights()));
+    let channels = conv.input.padded_c() * conv.output.padded_c();
+    assert_eq!(weights.len(), tiling.weights(kept) * channels);
+    assert_eq!(conv.weight_rows.len(), inputs[0] * inputs[1]);
+    let row = match kept {
+        Kept::Whole => 3 * tiling.weights(kept) / tiling.weights(Kept::Rows),
+        Kept::Rows => 3,
+        Kept::Planes => 9,
+    };
+    assert!(conv.weight_rows.iter().all(|w| w.at + row * channels <= weights.len()));
     assert_eq!(conv.bias.len(), conv.output.padded_c());
+    let nh = conv.strips();
     let sums = sums.map(|sums| {
         assert!(sums.0.len() >= Sums::len(conv.output, nh), "winograd: sums are too short");
         Place(sums.0.as_mut_ptr())
     });
+    let strips = conv.block_strips();
+    let lens = conv.scratch(context.kernels);
+    let threads = context.pool.threads();
+    assert!(scratch.len() >= conv.scratch_len(threads, context.kernels), "winograd: scratch is too short");
+    assert_eq!(conv.parts() * conv.strip_tiles(), tiles[2]);
     let work = Winograd {
         conv,
         tiling,
-        kernels: context.kernels,
+        kept,
         transforms: context.kernels.transforms(tiling),
+        product: context.kernels.product,
         weights,
         input: input.data(conv.input),
         output: Place(output.data_mut(conv.output).as_mut_ptr()),
         sums,
         relu,
         stream: conv.output.len() * 4 > STREAM_FROM_BYTES,
-        tiles,
+        panel: context.kernels.panel,
+        parts: [conv.parts(), conv.strip_tiles()],
+        lens,
+        strides: [conv.column_stride(strips), conv.strip_lines(conv.strip_tiles()) * LANES],
+        together: conv.together(strips),
     };
-    let rows = conv.block_rows();
-    let [v_len, m_len] = conv.scratch(rows);
-    let frequencies = tiling.frequencies();
-    let strides = [conv.input.padded_c(), conv.output.padded_c()].map(|c| Conv::frequency_stride(rows * nw, c));
-    let threads = if conv.is_private() { context.pool.threads() } else { 1 };
-    assert!(scratch.len() >= threads * (v_len + m_len), "winograd: scratch is too short");
+    let frequencies = inputs[0] * inputs[1];
     let scratch = Place(scratch.as_mut_ptr());
     if conv.is_private() {
-        let groups = nh.div_ceil(rows);
-        return context.run(groups * depth_tiles.len(), &|item, thread| {
-            let z = depth_tiles[item % depth_tiles.len()];
-            let first = item / depth_tiles.len() * rows;
-            let count = rows.min(nh - first);
-            // SAFETY: each thread has its own V and M; rows and blocks are in range; an item has rows of tiles of its own.
+        let groups = nh.div_ceil(strips);
+        let items = groups * depth_tiles.len();
+        // The item that the same thread is likely to do next.
+        let threads = context.pool.threads();
+        let place = |item: usize| {
+            let (z, group) = (depth_tiles[item % depth_tiles.len()], item / depth_tiles.len());
+            // Strips below each other follow each other: they share rows.
+            let strip =
+                if strips == 1 { group % work.rows() * work.parts[0] + group / work.rows() } else { group * strips };
+            [z, strip]
+        };
+        return context.run(items, &|item, thread| {
+            let [z, first] = place(item);
+            let next = (item + threads < items).then(|| place(item + threads));
+            let count = strips.min(nh - first);
+            // SAFETY: each thread has its own room; strips and blocks are in range; an item has strips of its own.
             unsafe {
-                let v = Place(scratch.at(thread * (v_len + m_len)));
-                let m = Place(v.at(v_len));
-                for row in 0..count {
+                let columns = Place(scratch.at(thread * (lens.columns + lens.own())));
+                let room = Room { columns, own: Place(columns.at(lens.columns)) };
+                for strip in 0..count {
                     for block in 0..in_blocks {
-                        work.input([z, first + row], row, block, v, strides[0]);
+                        work.columns([z, first + strip], strip, block, columns);
                     }
                 }
                 for frequency in 0..frequencies {
-                    work.product(frequency, count * nw, v, m, strides);
+                    work.middle(frequency, count, room, work.next(frequency, next, strips));
                 }
-                for row in 0..count {
+                for strip in 0..count {
                     for block in 0..out_blocks {
-                        work.output([z, first + row], row, block, m, strides[1]);
+                        work.outputs([z, first + strip], strip, block, columns);
                     }
                 }
             }
         });
     }
-    let (v, m) = (scratch, Place(scratch.0.wrapping_add(v_len)));
     let total = nh * depth_tiles.len();
-    let place = |row: usize| [depth_tiles[row / nh], row % nh];
-    for first in (0..total).step_by(rows) {
-        let count = rows.min(total - first);
+    let place = |strip: usize| [depth_tiles[strip / nh], strip % nh];
+    for first in (0..total).step_by(strips) {
+        let count = strips.min(total - first);
         context.run(count * in_blocks, &|item, _| {
-            let (row, block) = (item / in_blocks, item % in_blocks);
-            // SAFETY: row and block are in range, each item has its own; the steps follow each other.
-            unsafe { work.input(place(first + row), row, block, v, strides[0]) };
+            let (strip, block) = (item / in_blocks, item % in_blocks);
+            // SAFETY: strip and block are in range, each item has its own; the steps follow each other.
+            unsafe { work.columns(place(first + strip), strip, block, scratch) };
         })?;
-        context.run(frequencies, &|frequency, _| {
-            // SAFETY: as above, for frequencies.
-            unsafe { work.product(frequency, count * nw, v, m, strides) };
+        context.run(frequencies, &|frequency, thread| {
+            // SAFETY: as above, for transforms along D and H; each thread has room of its own behind the columns.
+            unsafe {
+                let own = Place(scratch.at(lens.columns + thread * lens.own()));
+                work.middle(frequency, count, Room { columns: scratch, own }, work.next(frequency, None, 1));
+            }
         })?;
         context.run(count * out_blocks, &|item, _| {
-            let (row, block) = (item / out_blocks, item % out_blocks);
+            let (strip, block) = (item / out_blocks, item % out_blocks);
             // SAFETY: as above.
-            unsafe { work.output(place(first + row), row, block, m, strides[1]) };
+            unsafe { work.outputs(place(first + strip), strip, block, scratch) };
         })?;
     }
     Ok(())
+}
+
+/// The first convolution; only the depth tiles in `depth_tiles` are computed. `input` is the network's, with its border.
+///
+/// # Errors
+/// Cancelled.
+///
+/// # Panics
+/// If a length does not fit the convolution: that is a fault of the plan.
+#[allow(clippy::too_many_arguments)]
+pub fn stem(
+    context: &Context<'_>,
+    conv: &Conv,
+    at: StemInput,
+    weights: &[f32],
+    input: &[f32],
+    output: &mut Tensor,
+    scratch: &mut [f32],
+    depth_tiles: &[usize],
+) -> Result<(), EngineError> {
+    let shape = conv.output;
+    let [d, h, w] = shape.dhw;
+    let [bd, bh, bw] = at.bordered;
+    assert_eq!(conv.method, Method::Depth, "stem: {} is another convolution", conv.name);
+    assert!(
+        conv.tiles()[0] * stem::DEPTHS + 2 <= bd && 2 * h + 5 <= bh && 2 * w + 5 <= bw,
+        "stem: the input is too small"
+    );
+    assert!(input.len() >= at.total(), "stem: the input is too short");
+    assert_eq!(weights.len(), stem::FREQUENCIES * stem::PLANE_TAPS * shape.padded_c());
+    assert_eq!(conv.bias.len(), shape.padded_c());
+    assert_eq!(conv.offsets.len(), stem::TAPS);
+    assert!(conv.offsets.iter().enumerate().all(|(k, offset)| *offset == k * stem::v_row(at.row())));
+    assert!(depth_tiles.iter().all(|z| *z < conv.tiles()[0]), "stem: no such tiles");
+    let lens = conv.scratch(context.kernels);
+    assert!(lens.v >= stem::v_len(at.row()) && lens.m >= stem::m_len(w, shape.blocks()));
+    assert!(scratch.len() >= context.pool.threads() * lens.own(), "stem: scratch is too short");
+    let scratch = Place(scratch.as_mut_ptr());
+    let stream = shape.len() * 4 > STREAM_FROM_BYTES;
+    let output = Place(output.data_mut(shape).as_mut_ptr());
+    let groups = h.div_ceil(stem::ROWS);
+    context.run(groups * depth_tiles.len(), &|item, thread| {
+        let z = depth_tiles[item / groups] * stem::DEPTHS;
+        let y = item % groups * stem::ROWS;
+        // SAFETY: what is read was checked above; each thread has its own V and M, each item its own output rows.
+        unsafe {
+            let own = scratch.at(thread * lens.own());
+            (context.kernels.stem_rows)(&StemRows {
+                x: input.as_ptr().add(z * at.plane() + 2 * y * at.row()),
+                plane: at.plane(),
+                row: at.row(),
+                rows: stem::ROWS.min(h - y),
+                width: w,
+                v: own,
+                m: own.add(lens.v),
+                weights: weights.as_ptr(),
+                blocks: shape.blocks(),
+                offsets: conv.offsets.as_ptr(),
+                y: output.at(shape.at(0, [z, y, 0])),
+                y_steps: [shape.block(), shape.plane(), shape.row()],
+                depths: stem::DEPTHS.min(d - z),
+                bias: conv.bias.as_ptr(),
+                stream,
+            });
+        }
+    })
 }
 
 /// Where a direct convolution reads.
@@ -335,6 +485,7 @@ pub fn direct(
                     next: input.step[1],
                     b: weights.as_ptr().add(first * depth * LANES),
                     c: output.at(shape.at(first, [z, y, 0])),
+                    ldc: LANES,
                     block: shape.block(),
                     vectors: vectors.min(blocks - first),
                     bias: conv.bias.as_ptr().add(first * LANES),
@@ -396,9 +547,9 @@ pub fn merge(
 mod tests {
     use super::*;
     use crate::engine::cpu::dispatch::Isa;
-    use crate::engine::cpu::plan::{Method, Plan};
+    use crate::engine::cpu::plan::Plan;
     use crate::engine::cpu::simd::Scalar;
-    use crate::engine::cpu::winograd::{Axis, Four, MAX_T, Poly2, Poly4, Two};
+    use crate::engine::cpu::winograd::{Axis, Four, MAX_T, Poly2, Poly4, Six, Two, g_row};
     use crate::model::synthetic::Stream;
     use crate::model::{Architecture, Model};
     use proptest::prelude::*;
@@ -431,6 +582,7 @@ mod tests {
 
     fn axes(tiling: Tiling) -> [[Matrix; 3]; 3] {
         match tiling {
+            Tiling::F464 => [magnitudes::<Four>(), magnitudes::<Six>(), magnitudes::<Four>()],
             Tiling::F444 => [magnitudes::<Four>(), magnitudes::<Four>(), magnitudes::<Four>()],
             Tiling::F244 => [magnitudes::<Two>(), magnitudes::<Four>(), magnitudes::<Four>()],
             Tiling::F222 => [magnitudes::<Two>(), magnitudes::<Two>(), magnitudes::<Two>()],
@@ -521,30 +673,19 @@ mod tests {
             let cancel = CancelToken::new();
             let context = Context { pool: &pool, kernels: &kernels, cancel: &cancel };
             let conv = &self.conv;
-            let packed = conv.packed(kernels.vectors, &self.weights);
+            let packed = conv.packed(&kernels, &self.weights);
             let mut output = Tensor::new(conv.output.len()).unwrap();
             output.reshape(conv.output, &pool);
-            let mut sums = vec![f32::NAN; Sums::len(conv.output, conv.tiles()[1])];
+            let mut sums = vec![f32::NAN; Sums::len(conv.output, conv.strips())];
             for part in parts {
                 match conv.method {
-                    Method::Winograd(tiling) => {
-                        let one: usize = conv.scratch(conv.block_rows()).iter().sum();
-                        let mut scratch = vec![f32::NAN; threads * one];
+                    Method::Winograd(..) => {
+                        let mut scratch = vec![f32::NAN; conv.scratch_len(threads, &kernels)];
                         let sums = Some(Sums(&mut sums));
-                        winograd(
-                            &context,
-                            conv,
-                            tiling,
-                            &packed,
-                            &self.input,
-                            &mut output,
-                            relu,
-                            sums,
-                            &mut scratch,
-                            part,
-                        )
-                        .unwrap();
+                        winograd(&context, conv, &packed, &self.input, &mut output, relu, sums, &mut scratch, part)
+                            .unwrap();
                     }
+                    Method::Depth => unreachable!(),
                     Method::Direct => {
                         let (from, stride) = (conv.input, conv.stride);
                         let input = DirectInput {
@@ -565,14 +706,26 @@ mod tests {
     }
 
     /// Compares a Winograd convolution with its definition, within the bound of the module's page, and its sums.
-    fn check_winograd(isa: Isa, tiling: Tiling, channels: [usize; 2], dhw: [usize; 3], relu: bool, seed: u64) -> f64 {
-        let case = Case::new(channels, dhw, tiling.stride(), Method::Winograd(tiling), seed);
+    fn check_winograd(
+        isa: Isa,
+        (tiling, kept): (Tiling, Kept),
+        channels: [usize; 2],
+        dhw: [usize; 3],
+        relu: bool,
+        seed: u64,
+    ) -> f64 {
+        let case = Case::new(channels, dhw, tiling.stride(), Method::Winograd(tiling, kept), seed);
         let conv = &case.conv;
         let (out, sums) = case.run(isa, 1, relu, &case.whole());
         let axes = axes(tiling);
         let part = |i: usize| std::array::from_fn::<&Matrix, 3, _>(|axis| &axes[axis][i]);
         let (outputs, steps, inputs) = (tiling.outputs(), tiling.steps(), tiling.inputs());
-        let terms = (channels[0] + 3 * (4 + 6) + 3) as f64 * if isa == Isa::Scalar { 2.0 } else { 1.0 };
+        let made = match kept {
+            Kept::Whole => 0,
+            Kept::Rows => 4,
+            Kept::Planes => 8,
+        };
+        let terms = (channels[0] + 3 * (4 + 6) + 3 + made) as f64 * if isa == Isa::Scalar { 2.0 } else { 1.0 };
         let tiles = conv.tiles();
         let shape = conv.output;
         let mut worst: f64 = 0.0;
@@ -601,18 +754,21 @@ mod tests {
                     let expected = if relu { expected.max(0.0) } else { expected };
                     let got = f64::from(out[shape.at(co / LANES, zyx) + co % LANES]);
                     let bound = terms * U * (size + f64::from(conv.bias[co].abs()));
-                    assert!((got - expected).abs() <= bound, "{isa} {tiling:?}: {got} {expected} {bound}");
+                    assert!((got - expected).abs() <= bound, "{isa} {tiling:?} {kept:?}: {got} {expected} {bound}");
                     worst = worst.max((got - expected).abs() / bound);
                 }
             }
-            for y in 0..tiles[1] {
+            let (parts, width) = (conv.parts(), conv.strip_tiles() * outputs[2]);
+            for strip in 0..conv.strips() {
+                let (y, part) = (strip / parts, strip % parts);
                 for z in 0..shape.dhw[0] {
                     let rows = y * outputs[1]..((y + 1) * outputs[1]).min(shape.dhw[1]);
+                    let columns = part * width..((part + 1) * width).min(shape.dhw[2]);
                     let sum: f64 = rows
-                        .flat_map(|y| (0..shape.dhw[2]).map(move |x| [z, y, x]))
+                        .flat_map(|y| columns.clone().map(move |x| [z, y, x]))
                         .map(|zyx| f64::from(out[shape.at(co / LANES, zyx) + co % LANES]))
                         .sum();
-                    let got = sums[((co / LANES * tiles[1] + y) * shape.dhw[0] + z) * LANES + co % LANES];
+                    let got = sums[((co / LANES * conv.strips() + strip) * shape.dhw[0] + z) * LANES + co % LANES];
                     assert!((f64::from(got) - sum).abs() <= 1e-4 * (1.0 + sum.abs()), "sums {got} {sum}");
                 }
             }
@@ -631,6 +787,10 @@ mod tests {
         worst
     }
 
+    fn methods() -> impl Iterator<Item = (Tiling, Kept)> {
+        Tiling::ALL.into_iter().flat_map(|tiling| Kept::ALL.map(|kept| (tiling, kept)))
+    }
+
     fn available() -> impl Iterator<Item = Isa> {
         Isa::ALL.into_iter().filter(|isa| isa.is_available())
     }
@@ -644,8 +804,8 @@ mod tests {
             relu: bool, seed: u64,
         ) {
             for isa in available() {
-                for tiling in Tiling::ALL {
-                    check_winograd(isa, tiling, [c_in, c_out], [d, h, w], relu, seed);
+                for method in methods() {
+                    check_winograd(isa, method, [c_in, c_out], [d, h, w], relu, seed);
                 }
             }
         }
@@ -655,8 +815,8 @@ mod tests {
             c_in in 1_usize..40, c_out in 1_usize..140, d in 1_usize..14, h in 1_usize..14, w in 1_usize..14, seed: u64,
         ) {
             let isa = Isa::best();
-            for tiling in Tiling::ALL {
-                let case = Case::new([c_in, c_out], [d, h, w], tiling.stride(), Method::Winograd(tiling), seed);
+            for (tiling, kept) in methods() {
+                let case = Case::new([c_in, c_out], [d, h, w], tiling.stride(), Method::Winograd(tiling, kept), seed);
                 let once = case.run(isa, 1, true, &case.whole());
                 let tiles = case.conv.tiles()[0];
                 let parts = vec![(0..tiles).rev().step_by(2).collect(), (0..tiles.saturating_sub(1)).rev().step_by(2).collect()];
@@ -753,9 +913,9 @@ mod tests {
                 let doubled = if isa == Isa::Scalar { 2.0 } else { 1.0 };
 
                 let volume = crate::model::synthetic::volume(dhw, seed);
-                let [d, h, w] = dhw;
+                let [_, h, w] = dhw;
                 let at = plan.stem_input();
-                let mut bordered = vec![0.0; at.total()];
+                let mut bordered = vec![0.0_f32; at.total()];
                 for (i, v) in volume.iter().enumerate() {
                     let (z, y, x) = (i / (h * w), i / w % h, i % w);
                     bordered[(z + 1) * at.plane() + (y + 3) * at.row() + x + 3] = *v;
@@ -764,25 +924,37 @@ mod tests {
                 let mut output = Tensor::new(stem.output.len()).unwrap();
                 output.reshape(stem.output, &pool);
                 let weights = model.weights.get("stem.0.weight");
-                let packed = stem.packed(kernels.vectors, weights);
-                let input = DirectInput { data: &bordered, step: [at.plane(), 2 * at.row(), 2], length: 7 };
-                let planes: Vec<usize> = (0..d).collect();
-                direct(&context, stem, &packed, input, &mut output, Ending::Relu, &planes).unwrap();
+                let packed = stem.packed(&kernels, weights);
+                let mut scratch = vec![f32::NAN; stem.scratch_len(2, &kernels)];
+                // one part after the other, the last first
+                for part in [vec![stem.tiles()[0] - 1], (0..stem.tiles()[0] - 1).collect()] {
+                    super::stem(&context, stem, at, &packed, &bordered, &mut output, &mut scratch, &part).unwrap();
+                }
                 let out = output.data(stem.output);
+                let [bt, g, a] = magnitudes::<Four>();
                 for (co, (scale, shift)) in folded("stem.1").into_iter().enumerate() {
                     for voxel in 0..stem.output.dhw.iter().product() {
                         let [_, oh, ow] = stem.output.dhw;
                         let (z, y, x) = (voxel / (oh * ow), voxel / ow % oh, voxel % ow);
-                        let (mut sum, mut size) = (shift, shift.abs());
-                        for k in 0..147 {
-                            let from = (z + k / 49) * at.plane() + (2 * y + k / 7 % 7) * at.row() + 2 * x + k % 7;
-                            let product = f64::from(weights[co * 147 + k]) * scale * f64::from(bordered[from]);
-                            sum += product;
-                            size += product.abs();
+                        let mut sum = shift;
+                        // |products| of each frequency along depth
+                        let mut products = [0.0; 6];
+                        for k in 0..49 {
+                            let from = (2 * y + k / 7) * at.row() + 2 * x + k % 7;
+                            let w: [f64; 3] =
+                                std::array::from_fn(|kd| f64::from(weights[co * 147 + kd * 49 + k]) * scale);
+                            let x = |plane: usize| f64::from(bordered[plane * at.plane() + from]);
+                            sum += (0..3).map(|kd| w[kd] * x(z + kd)).sum::<f64>();
+                            for (f, product) in products.iter_mut().enumerate() {
+                                let u: f64 = (0..3).map(|kd| g[f][kd] * w[kd].abs()).sum();
+                                let v: f64 = (0..6).map(|d| bt[f][d] * x(z / 4 * 4 + d).abs()).sum();
+                                *product += u * v;
+                            }
                         }
+                        let size: f64 = (0..6).map(|f| a[z % 4][f] * products[f]).sum::<f64>() + shift.abs();
                         let got = f64::from(out[stem.output.at(co / LANES, [z, y, x]) + co % LANES]);
-                        // a sum of 147, the rounding of the folded weight, bias
-                        assert!((got - sum.max(0.0)).abs() <= doubled * 150.0 * U * size, "{isa} stem {got} {sum}");
+                        let bound = doubled * (49 + 4 + 6 + 3) as f64 * U * size;
+                        assert!((got - sum.max(0.0)).abs() <= bound, "{isa} stem {got} {sum} {bound}");
                     }
                 }
 
@@ -805,7 +977,7 @@ mod tests {
                 let before = y.data(to).to_vec();
                 let scale = Stream::new(seed, "scale").fill(to.dhw[0] * to.padded_c(), 0.5, 0.5);
                 let weights = model.weights.get("layer2.0.downsample.0.weight");
-                let packed = shortcut.packed(kernels.vectors, weights);
+                let packed = shortcut.packed(&kernels, weights);
                 let step = [2 * from.plane(), 2 * from.row(), 2 * LANES];
                 let input = DirectInput { data: x.data(from), step, length: LANES };
                 let planes: Vec<usize> = (0..to.dhw[0]).collect();
@@ -835,37 +1007,49 @@ mod tests {
     /// Random data stay far below the bound, but not absurdly: a bound that no error could ever reach shows nothing.
     #[test]
     fn the_error_bound_is_not_empty() {
-        for tiling in Tiling::ALL {
-            let worst = check_winograd(Isa::best(), tiling, [16, 4], [8, 8, 8], false, 3);
-            println!("{tiling:?}: largest error {worst:.4} of its bound");
-            assert!(worst > 1e-5 && worst < 1.0, "{tiling:?}: {worst}");
+        for (tiling, kept) in methods() {
+            let worst = check_winograd(Isa::best(), (tiling, kept), [16, 4], [8, 8, 8], false, 3);
+            println!("{tiling:?} {kept:?}: largest error {worst:.4} of its bound");
+            assert!(worst > 1e-5 && worst < 1.0, "{tiling:?} {kept:?}: {worst}");
         }
+    }
+
+    /// What is made of weights each time is what would have been kept.
+    #[test]
+    fn expanding_weights_is_g() {
+        fn check<A: Axis>() {
+            for w in [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.3, -1.7, 0.9]] {
+                let lanes = w.map(|v| [v; LANES]);
+                // SAFETY: portable code.
+                let got = unsafe { A::expand::<Scalar>(&lanes) };
+                let expected = A::g(w.map(f64::from));
+                for u in 0..A::U {
+                    let size: f64 = (0..3).map(|k| f64::from((g_row::<A>(u)[k] * w[k]).abs())).sum();
+                    assert!((f64::from(got[u][0]) - expected[u]).abs() <= 4.0 * U * size, "{u} {got:?} {expected:?}");
+                }
+            }
+        }
+        check::<Two>();
+        check::<Four>();
+        check::<Six>();
+        check::<Poly2>();
+        check::<Poly4>();
     }
 
     #[test]
     fn a_set_token_stops_before_the_next_item() {
-        let case = Case::new([16, 16], [8, 16, 16], 1, Method::Winograd(Tiling::F444), 1);
+        let case = Case::new([16, 16], [8, 16, 16], 1, Method::Winograd(Tiling::F444, Kept::Whole), 1);
         let kernels = Kernels::of(Isa::best()).unwrap();
         let pool = Pool::new(1, || {}).unwrap();
         let cancel = CancelToken::new();
         cancel.cancel();
         let context = Context { pool: &pool, kernels: &kernels, cancel: &cancel };
-        let packed = case.conv.packed(kernels.vectors, &case.weights);
+        let packed = case.conv.packed(&kernels, &case.weights);
         let mut output = Tensor::new(case.conv.output.len()).unwrap();
         output.reshape(case.conv.output, &pool);
-        let mut scratch = vec![0.0; case.conv.scratch(case.conv.block_rows()).iter().sum()];
-        let result = winograd(
-            &context,
-            &case.conv,
-            Tiling::F444,
-            &packed,
-            &case.input,
-            &mut output,
-            true,
-            None,
-            &mut scratch,
-            &[0, 1],
-        );
+        let mut scratch = vec![0.0; case.conv.scratch_len(1, &kernels)];
+        let result =
+            winograd(&context, &case.conv, &packed, &case.input, &mut output, true, None, &mut scratch, &[0, 1]);
         assert_eq!(result, Err(EngineError::Cancelled));
         assert!(output.data(case.conv.output).iter().all(|v| *v == 0.0));
     }

@@ -8,11 +8,12 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::matrix::{self, DirectRow, Frequency, MergeRow};
+use super::matrix::{self, DirectRow, MergeRow, Product};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{Scalar, Simd};
-use super::winograd::{self, Axis, Four, InputRow, OutputRow, Poly2, Poly4, Two};
+use super::stem::{self, StemRows};
+use super::winograd::{self, Axis, Columns, Four, Kept, Middle, Outputs, Poly2, Poly4, Six, Two};
 
 /// An instruction set with kernels of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -76,6 +77,9 @@ impl std::str::FromStr for Isa {
 /// Tiles of a Winograd convolution: outputs along depth, rows and columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub enum Tiling {
+    /// F(4,6,4), stride 1.
+    #[serde(rename = "F(4,6,4)")]
+    F464,
     /// F(4,4,4), stride 1.
     #[serde(rename = "F(4,4,4)")]
     F444,
@@ -97,6 +101,7 @@ pub enum Tiling {
 macro_rules! with_axes {
     ($tiling:expr, $f:ident) => {
         match $tiling {
+            Tiling::F464 => $f!(Four, Six, Four),
             Tiling::F444 => $f!(Four, Four, Four),
             Tiling::F244 => $f!(Two, Four, Four),
             Tiling::F222 => $f!(Two, Two, Two),
@@ -108,15 +113,16 @@ macro_rules! with_axes {
 
 impl Tiling {
     /// Those of stride 1.
-    pub const STRIDE_1: [Self; 3] = [Self::F444, Self::F244, Self::F222];
+    pub const STRIDE_1: [Self; 4] = [Self::F464, Self::F444, Self::F244, Self::F222];
     /// Those of stride 2.
     pub const STRIDE_2: [Self; 2] = [Self::P444, Self::P222];
     /// Every one.
-    pub const ALL: [Self; 5] = [Self::F444, Self::F244, Self::F222, Self::P444, Self::P222];
+    pub const ALL: [Self; 6] = [Self::F464, Self::F444, Self::F244, Self::F222, Self::P444, Self::P222];
 
     /// Its name in reports.
     pub const fn as_str(self) -> &'static str {
         match self {
+            Self::F464 => "F(4,6,4)",
             Self::F444 => "F(4,4,4)",
             Self::F244 => "F(2,4,4)",
             Self::F222 => "F(2,2,2)",
@@ -168,31 +174,45 @@ impl Tiling {
         self.inputs().iter().product()
     }
 
-    /// Transformed weights of a pair of channels.
-    pub fn weights(self) -> usize {
+    /// Weights of a pair of channels, kept as `kept` says.
+    pub fn weights(self, kept: Kept) -> usize {
         macro_rules! f {
             ($d:ty, $h:ty, $w:ty) => {
-                <$d>::U * <$h>::U * <$w>::U
+                match kept {
+                    Kept::Whole => <$d>::U * <$h>::U * <$w>::U,
+                    Kept::Rows => <$d>::U * <$h>::U * 3,
+                    Kept::Planes => <$d>::U * 9,
+                }
             };
         }
         with_axes!(self, f)
     }
 
-    /// Which transformed weight each product takes.
-    pub fn weight_map(self) -> Vec<u16> {
+    /// Which transformed weights along D and H each transform along D and H takes.
+    pub fn weight_rows(self) -> Vec<[usize; 2]> {
         macro_rules! f {
             ($d:ty, $h:ty, $w:ty) => {
-                winograd::weight_map::<$d, $h, $w>()
+                winograd::weight_rows::<$d, $h>()
+            };
+        }
+        with_axes!(self, f)
+    }
+
+    /// The rows of G along H.
+    pub fn rows_of_g(self) -> Vec<[f32; 3]> {
+        macro_rules! f {
+            ($d:ty, $h:ty, $w:ty) => {
+                (0..<$h>::U).map(winograd::g_row::<$h>).collect()
             };
         }
         with_axes!(self, f)
     }
 
     /// Transformed weights of one 3x3x3 kernel, [`weights`](Self::weights) of them to `out`.
-    pub fn kernel_transform(self, w: &[f64; 27], out: &mut [f64]) {
+    pub fn kernel_transform(self, w: &[f64; 27], kept: Kept, out: &mut [f64]) {
         macro_rules! f {
             ($d:ty, $h:ty, $w:ty) => {
-                winograd::kernel_transform::<$d, $h, $w>(w, out)
+                winograd::kernel_transform::<$d, $h, $w>(w, kept, out)
             };
         }
         with_axes!(self, f);
@@ -202,10 +222,12 @@ impl Tiling {
 /// The transforms of one tiling.
 #[derive(Clone, Copy)]
 pub struct Transforms {
-    /// [`winograd::input_row`].
-    pub input_row: unsafe fn(&InputRow),
-    /// [`winograd::output_row`].
-    pub output_row: unsafe fn(&OutputRow),
+    /// [`winograd::columns`].
+    pub columns: unsafe fn(&Columns),
+    /// [`winograd::middle`].
+    pub middle: unsafe fn(&Middle),
+    /// [`winograd::outputs`].
+    pub outputs: unsafe fn(&Outputs),
 }
 
 /// The kernels of one instruction set. Their contracts are those of the functions named, without the one about the
@@ -214,14 +236,20 @@ pub struct Transforms {
 pub struct Kernels {
     /// Which.
     pub isa: Isa,
-    /// Vectors of a full panel of weights.
+    /// Vectors of a full panel of a direct convolution's weights.
     pub vectors: usize,
-    /// [`matrix::frequency`].
-    pub frequency: unsafe fn(&Frequency),
+    /// Vectors of a full panel of transformed weights.
+    pub panel: usize,
+    /// Tiles whose products are computed at a time.
+    pub rows: usize,
+    /// [`matrix::product`].
+    pub product: unsafe fn(&Product),
     /// [`matrix::direct_row`] with bias and ReLU.
     pub direct_relu: unsafe fn(&DirectRow),
     /// [`matrix::direct_row`] merging into the output.
     pub direct_merge: unsafe fn(&DirectRow),
+    /// [`stem::stem_rows`].
+    pub stem_rows: unsafe fn(&StemRows),
     /// [`matrix::merge_row`].
     pub merge_row: unsafe fn(&MergeRow),
     /// [`matrix::read`].
@@ -261,19 +289,24 @@ macro_rules! isa {
             use super::*;
 
             $(#[$feature])?
-            unsafe fn input_row<D: Axis, H: Axis, W: Axis>(p: &InputRow) {
+            unsafe fn columns<D: Axis, H: Axis>(p: &Columns) {
                 // SAFETY: the caller's promise, and the instructions are enabled here.
-                unsafe { winograd::input_row::<$simd, D, H, W>(p) }
+                unsafe { winograd::columns::<$simd, D, H>(p) }
             }
             $(#[$feature])?
-            unsafe fn output_row<D: Axis, H: Axis, W: Axis>(p: &OutputRow) {
+            unsafe fn middle<W: Axis>(p: &Middle) {
                 // SAFETY: as above.
-                unsafe { winograd::output_row::<$simd, D, H, W>(p) }
+                unsafe { winograd::middle::<$simd, W>(p) }
             }
             $(#[$feature])?
-            unsafe fn frequency(p: &Frequency) {
+            unsafe fn outputs<D: Axis, H: Axis>(p: &Outputs) {
                 // SAFETY: as above.
-                unsafe { matrix::frequency::<$simd>(p) }
+                unsafe { winograd::outputs::<$simd, D, H>(p) }
+            }
+            $(#[$feature])?
+            unsafe fn product(p: &Product) {
+                // SAFETY: as above.
+                unsafe { matrix::product::<$simd>(p) }
             }
             $(#[$feature])?
             unsafe fn direct_relu(p: &DirectRow) {
@@ -284,6 +317,11 @@ macro_rules! isa {
             unsafe fn direct_merge(p: &DirectRow) {
                 // SAFETY: as above.
                 unsafe { matrix::direct_row::<$simd, { matrix::MERGE }>(p) }
+            }
+            $(#[$feature])?
+            unsafe fn stem_rows(p: &StemRows) {
+                // SAFETY: as above.
+                unsafe { stem::stem_rows::<$simd>(p) }
             }
             $(#[$feature])?
             unsafe fn merge_row(p: &MergeRow) {
@@ -303,7 +341,7 @@ macro_rules! isa {
             fn transforms(tiling: Tiling) -> Transforms {
                 macro_rules! f {
                     ($d:ty, $h:ty, $w:ty) => {
-                        Transforms { input_row: input_row::<$d, $h, $w>, output_row: output_row::<$d, $h, $w> }
+                        Transforms { columns: columns::<$d, $h>, middle: middle::<$w>, outputs: outputs::<$d, $h> }
                     };
                 }
                 with_axes!(tiling, f)
@@ -312,9 +350,12 @@ macro_rules! isa {
                 Kernels {
                     isa: $isa,
                     vectors: <$simd>::NV,
-                    frequency,
+                    panel: <$simd>::PANEL,
+                    rows: <$simd>::ROWS,
+                    product,
                     direct_relu,
                     direct_merge,
+                    stem_rows,
                     merge_row,
                     read,
                     multiply_adds,

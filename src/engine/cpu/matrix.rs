@@ -1,22 +1,22 @@
 //! Matrix products in registers: the middle of a Winograd convolution, and convolutions done directly.
 //!
 //! ```text
-//! tile:       c[r][v] = sum over segments, k of  a[r * lda + offset + k] * b[segment][k][v]     r < MR, v < NV vectors
-//! frequency:  M[t][co] for one frequency: tiles of 6 rows x NV vectors over all t and co
-//! direct_row: one row of output voxels: the segments are the taps and blocks of input channels of each voxel
+//! product:    m[t][v] = sum over ci of  v[t][ci] * u[ci][v]           groups of 14 tiles x 2 vectors (AVX2: 6 x 1)
+//! direct_row: c[x][v] = sum over segments, k of  a[x * lda + offset + k] * b[segment][k][v]       6 voxels x 4 vectors
 //! ```
 //!
-//! Rows of `a` are broadcast value by value, `b` lies in panels of NV vectors in the order it is read, sums stay in
-//! registers: 6 x 4 vectors with AVX-512, 6 x 1 (of two registers) with AVX2. What follows a direct convolution (bias,
-//! ReLU; or attention scale, shortcut and ReLU) is done before the registers are stored.
+//! One side is broadcast value by value, the other lies in panels in the order it is read, sums stay in registers. V has
+//! the sixteen channels of a group's tiles one after the other, so that every broadcast is at a constant distance from one
+//! pointer: with rows far apart the fourteen addresses do not fit the registers (83 instead of 115 GFLOP/s were measured).
+//! Fourteen tiles take two cache lines of weights in 28 multiply-adds, 6 x 4 took four in 24: weights come from the second
+//! and third level. Groups are of equal size: of 14 tiles in sixes the last two would wait for their own sums.
+//! What follows a direct convolution (bias, ReLU; or attention scale, shortcut and ReLU) is done before it is stored.
 //!
-//! **Ahead.** While a tile is computed, the panel of weights that follows in memory (the next one, or the next
-//! frequency's first) is asked for, one cache line a step of k and two in tiles of fewer rows, so that a full block of
-//! tiles fetches about one panel. Asked for in bursts before each tile the same lines made it slower, because the core
-//! stopped when its queue of misses was full; spread out they raised the products of layer2 from 160 to 195 GFLOP/s.
+//! **Ahead.** While a group is computed, the panel of weights that follows is asked for, one or two cache lines a step,
+//! and a few lines of the inputs that come next. Spread out: in bursts they fill the queue of misses and the core stops.
 //!
-//! **Arithmetic.** 24 multiply-adds for 10 loads with AVX-512: 98 % of the peak was measured out of the first-level cache
-//! (EPYC 9005: 246 of 250 GFLOP/s on one core), 12 for 8 with AVX2 (118 GFLOP/s).
+//! **Arithmetic.** 28 multiply-adds for 16 loads with AVX-512, 12 for 8 with AVX2; 97 % of the measured peak out of the
+//! first-level cache with both (EPYC 9004: 228 and 229 of 236 GFLOP/s on two cores).
 //!
 //! **Error.** A sum of n products by FMA in sequence: |d| <= n u sum |a b|, u = 2^-24 (2 n u without FMA); the bias and
 //! the scaling add 3 u of what they touch. The order of a sum is that of its segments and k, whatever tile it is in, so
@@ -25,8 +25,8 @@
 
 use super::simd::{LANES, Simd};
 
-/// Rows of a tile.
-pub const ROWS: usize = 6;
+/// Rows of a tile of a direct convolution.
+const ROWS: usize = 6;
 
 /// Store the sums.
 pub const PLAIN: u8 = 0;
@@ -50,6 +50,8 @@ pub struct DirectRow {
     pub segments: usize,
     /// Inputs of a segment.
     pub length: usize,
+    /// Floats from voxel to voxel of the output.
+    pub ldc: usize,
     /// Floats to the inputs of the row that follows; with [`MERGE`], whose few multiply-adds an input would wait for
     /// memory, they are asked for.
     pub next: usize,
@@ -88,14 +90,9 @@ struct Operands<'a> {
 /// # Safety
 /// The processor has the instructions of `S`; `a` is valid for reads at `r * lda + offset + k`, `o.b` for
 /// `segments * length * NV` vectors, `c` for reads and writes of vectors at `r * ldc + v * block`; with an epilogue,
-/// `bias` (and `scale`) for NV vectors. `ahead` may be any address.
+/// `bias` (and `scale`) for NV vectors.
 #[inline(always)]
-unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const E: u8>(
-    a: *const f32,
-    c: *mut f32,
-    o: &Operands<'_>,
-    mut ahead: *const f32,
-) {
+unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const E: u8>(a: *const f32, c: *mut f32, o: &Operands<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         let zero = S::splat(0.0);
@@ -119,22 +116,13 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const E: u8>(
                         *sum = S::fma(value, *weights, *sum);
                     }
                 }
-                if E == PLAIN {
-                    for _ in 0..lines_ahead(MR) {
-                        S::prefetch(ahead);
-                        ahead = ahead.wrapping_add(LANES);
-                    }
-                }
                 b = b.add(NV * LANES);
                 x = x.add(1);
             }
         }
         for v in 0..NV {
-            let (bias, scale) = match E {
-                PLAIN => (zero, zero),
-                BIAS_RELU => (S::load(o.bias.add(v * LANES)), zero),
-                _ => (S::load(o.bias.add(v * LANES)), S::load(o.scale.add(v * LANES))),
-            };
+            let bias = if E == PLAIN { zero } else { S::load(o.bias.add(v * LANES)) };
+            let scale = if E == MERGE { S::load(o.scale.add(v * LANES)) } else { zero };
             for (r, sums) in sums.iter().enumerate() {
                 let to = c.add(r * o.ldc + v * o.block);
                 let value = match E {
@@ -148,11 +136,6 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const E: u8>(
     }
 }
 
-/// Cache lines asked for in a step of a tile with so many rows.
-const fn lines_ahead(rows: usize) -> usize {
-    if rows < ROWS { 2 } else { 1 }
-}
-
 /// `rows` rows in tiles of six, then three, two and one.
 ///
 /// # Safety
@@ -160,13 +143,11 @@ const fn lines_ahead(rows: usize) -> usize {
 #[inline(always)]
 unsafe fn rows<S: Simd, const NV: usize, const E: u8>(rows: usize, a: *const f32, c: *mut f32, o: &Operands<'_>) {
     let mut r = 0;
-    let mut ahead = o.b.wrapping_add(o.length * NV * LANES);
     // SAFETY: the caller's promise; r + MR <= rows in each call.
     unsafe {
         macro_rules! step {
             ($mr:literal) => {{
-                tile::<S, $mr, NV, E>(a.add(r * o.lda), c.add(r * o.ldc), o, ahead);
-                ahead = ahead.wrapping_add(o.length * LANES * lines_ahead($mr));
+                tile::<S, $mr, NV, E>(a.add(r * o.lda), c.add(r * o.ldc), o);
                 r += $mr;
             }};
         }
@@ -183,7 +164,6 @@ unsafe fn rows<S: Simd, const NV: usize, const E: u8>(rows: usize, a: *const f32
             step!(1);
         }
         debug_assert_eq!(r, rows);
-        let _ = ahead;
     }
 }
 
@@ -201,7 +181,7 @@ pub unsafe fn direct_row<S: Simd, const E: u8>(p: &DirectRow) {
             offsets: std::slice::from_raw_parts(p.offsets, p.segments),
             length: p.length,
             b: p.b,
-            ldc: LANES,
+            ldc: p.ldc,
             block: p.block,
             bias: p.bias,
             scale: p.scale,
@@ -224,61 +204,145 @@ pub unsafe fn direct_row<S: Simd, const E: u8>(p: &DirectRow) {
     }
 }
 
-/// The products of one frequency.
+/// The products of tiles with one panel of transformed weights.
 #[derive(Clone, Copy, Debug)]
-pub struct Frequency {
+pub struct Product {
     /// Tiles.
     pub tiles: usize,
-    /// Input channels, a multiple of 16.
-    pub c_in: usize,
-    /// Output channels, a multiple of 16.
-    pub c_out: usize,
-    /// `[tile][c_in]`.
+    /// Tiles of a group (the last may have fewer), at most `S::ROWS`.
+    pub size: usize,
+    /// Blocks of input channels.
+    pub blocks: usize,
+    /// Vectors of the panel, 1 to `S::PANEL`.
+    pub vectors: usize,
+    /// `[group][block][tile of the group][16]`, with room for `S::ROWS` tiles in each group.
     pub v: *const f32,
-    /// Panels of `S::NV` vectors (the last may have fewer), each `[c_in][vector][lane]`.
+    /// `[input channel][vector][16]`.
     pub u: *const f32,
-    /// `[tile][c_out]`.
+    /// `[group][tile of the group][vector][16]`, with room for `S::ROWS` tiles in each group.
     pub m: *mut f32,
+    /// What is asked for meanwhile, a cache line a step: weights.
+    pub ahead: *const f32,
+    /// How many lines.
+    pub lines: usize,
+    /// What else is asked for meanwhile, a few lines a block of channels: inputs.
+    pub next: *const f32,
+    /// How many lines.
+    pub next_lines: usize,
 }
 
-/// `m[t][co] = sum over ci of v[t][ci] u[ci][co]`.
+/// The products of `MR` tiles of one group; `AHEAD` lines are asked for each step.
 ///
 /// # Safety
-/// The processor has the instructions of `S`; the pointers of `p` are valid as its fields say; `m` overlaps nothing else.
+/// As [`product`].
 #[inline(always)]
-pub unsafe fn frequency<S: Simd>(p: &Frequency) {
-    let vectors = p.c_out / LANES;
-    let mut first = 0;
-    while first < vectors {
-        let count = S::NV.min(vectors - first);
-        // SAFETY: the caller's promise; the panel begins at `first` vectors of `c_in` rows.
-        unsafe {
-            let o = Operands {
-                lda: p.c_in,
-                offsets: &[0],
-                length: p.c_in,
-                b: p.u.add(first * p.c_in * LANES),
-                ldc: p.c_out,
-                block: LANES,
-                bias: std::ptr::null(),
-                scale: std::ptr::null(),
-                next: 0,
-                stream: false,
-            };
-            let c = p.m.add(first * LANES);
-            if S::NV == 1 {
-                rows::<S, 1, PLAIN>(p.tiles, p.v, c, &o);
-            } else {
-                match count {
-                    1 => rows::<S, 1, PLAIN>(p.tiles, p.v, c, &o),
-                    2 => rows::<S, 2, PLAIN>(p.tiles, p.v, c, &o),
-                    3 => rows::<S, 3, PLAIN>(p.tiles, p.v, c, &o),
-                    _ => rows::<S, 4, PLAIN>(p.tiles, p.v, c, &o),
+unsafe fn group<S: Simd, const MR: usize, const NV: usize, const AHEAD: usize>(
+    mut v: *const f32,
+    m: *mut f32,
+    p: &Product,
+    mut ahead: *const f32,
+    [mut next, end]: [*const f32; 2],
+) {
+    // SAFETY: the caller's promise; MR <= ROWS.
+    unsafe {
+        let mut sums = [[S::splat(0.0); NV]; MR];
+        let mut u = p.u;
+        for _ in 0..p.blocks {
+            for _ in 0..NEXT_LINES {
+                if next < end {
+                    S::prefetch(next);
+                    next = next.wrapping_add(LANES);
                 }
             }
+            for k in 0..LANES {
+                let mut weights = [S::splat(0.0); NV];
+                for (i, weights) in weights.iter_mut().enumerate() {
+                    *weights = S::load(u.add(i * LANES));
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let value = S::splat(*v.add(r * LANES + k));
+                    for (sum, weights) in sums.iter_mut().zip(&weights) {
+                        *sum = S::fma(value, *weights, *sum);
+                    }
+                }
+                for _ in 0..AHEAD {
+                    S::prefetch(ahead);
+                    ahead = ahead.wrapping_add(LANES);
+                }
+                u = u.add(NV * LANES);
+            }
+            v = v.add(S::ROWS * LANES);
         }
-        first += count;
+        for (r, sums) in sums.iter().enumerate() {
+            for (i, sum) in sums.iter().enumerate() {
+                S::store(m.add((r * NV + i) * LANES), *sum);
+            }
+        }
     }
+}
+
+/// All groups of tiles of a product.
+///
+/// # Safety
+/// As [`product`].
+#[inline(always)]
+unsafe fn groups<S: Simd, const NV: usize>(p: &Product) {
+    let steps = p.blocks * LANES;
+    let (mut first, mut lines, mut ahead) = (0, p.lines, p.ahead);
+    let (mut v, mut m) = (p.v, p.m);
+    let (mut next, end) = (p.next, p.next.wrapping_add(p.next_lines * LANES));
+    while first < p.tiles {
+        let here = (p.tiles - first).min(p.size);
+        // Two lines a step where one would not fetch all before the tiles end.
+        let left = (p.tiles - first).div_ceil(p.size);
+        let a_step = lines.div_ceil(steps * left).min(2);
+        macro_rules! group {
+            ($mr:literal) => {
+                match a_step {
+                    0 => group::<S, $mr, NV, 0>(v, m, p, ahead, [next, end]),
+                    1 => group::<S, $mr, NV, 1>(v, m, p, ahead, [next, end]),
+                    _ => group::<S, $mr, NV, 2>(v, m, p, ahead, [next, end]),
+                }
+            };
+        }
+        // SAFETY: the caller's promise; rows behind the last tile exist and are computed for nothing.
+        unsafe {
+            match here {
+                13.. if S::ROWS == WIDE_ROWS => group!(14),
+                12 if S::ROWS == WIDE_ROWS => group!(12),
+                11 if S::ROWS == WIDE_ROWS => group!(11),
+                9.. if S::ROWS == WIDE_ROWS => group!(10),
+                8 if S::ROWS == WIDE_ROWS => group!(8),
+                7 if S::ROWS == WIDE_ROWS => group!(7),
+                6.. => group!(6),
+                5 => group!(5),
+                3.. => group!(4),
+                _ => group!(2),
+            }
+        }
+        let fetched = (steps * a_step).min(lines);
+        (lines, ahead) = (lines - fetched, ahead.wrapping_add(fetched * LANES));
+        next = next.wrapping_add(p.blocks * NEXT_LINES * LANES);
+        (v, m) = (v.wrapping_add(steps * S::ROWS), m.wrapping_add(S::ROWS * NV * LANES));
+        first += p.size;
+    }
+}
+
+/// Lines of inputs asked for in each block of channels: one in three or four steps.
+const NEXT_LINES: usize = 5;
+
+/// Tiles of a group with AVX-512.
+const WIDE_ROWS: usize = 14;
+
+/// `m[t][co] = sum over ci of v[t][ci] u[ci][co]` for one panel of outputs.
+///
+/// # Safety
+/// The processor has the instructions of `S`; the pointers of `p` are valid as its fields say, but for `ahead` and
+/// `next`, which may be any; `m` overlaps nothing else.
+#[inline(always)]
+pub unsafe fn product<S: Simd>(p: &Product) {
+    // SAFETY: the caller's promise.
+    unsafe { if S::PANEL == 1 || p.vectors == 1 { groups::<S, 1>(p) } else { groups::<S, 2>(p) } }
 }
 
 /// One row of voxels of one block of channels to be merged with its shortcut.

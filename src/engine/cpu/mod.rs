@@ -5,7 +5,7 @@
 //! ([`pool`]). A run is
 //!
 //! ```text
-//! stem (direct, bias, ReLU)
+//! stem (bias, ReLU)
 //! for each block:  conv1 (bias, ReLU)  ->  conv2 (bias, sums)  ->  attentions from the sums
 //!                  ->  merge: scale, add shortcut, ReLU (a strided shortcut's convolution does it in its registers)
 //! head
@@ -40,13 +40,14 @@ pub mod plan;
 pub mod pool;
 pub mod roof;
 pub mod simd;
+pub mod stem;
 pub mod winograd;
 
 use arena::{Floats, Shape, Tensor};
 use cache::Packed;
 use conv::{Context, DirectInput, Ending, Sums};
 use dispatch::{Isa, Kernels};
-use plan::{Block, Conv, Gate, Method, Plan, STEM_ROW_TAPS, StemInput};
+use plan::{Block, Conv, Gate, Method, Plan, StemInput};
 use pool::Pool;
 use simd::LANES;
 
@@ -129,7 +130,7 @@ impl Backend for CpuBackend {
         let [ends, hidden] = plan.gate_lengths();
         let floats = 3 * plan.activation_len()
             + plan.stem_input().total()
-            + plan.scratch_len(self.threads())
+            + plan.scratch_len(self.threads(), &self.shared.kernels)
             + plan.sums_len()
             + 2 * plan.planes_len()
             + 2 * ends
@@ -148,7 +149,7 @@ impl Shared {
 struct Ahead {
     /// Planes of the input that the copy holds.
     known: Vec<bool>,
-    /// Planes of the stem's output.
+    /// Depth tiles of the stem.
     stem: Vec<bool>,
     /// Depth tiles of the first convolution.
     conv1: Vec<bool>,
@@ -166,10 +167,7 @@ impl Ahead {
 
 /// The output planes of depth tile `tile`.
 fn planes_of(conv: &Conv, tile: usize) -> std::ops::Range<usize> {
-    let outputs = match conv.method {
-        Method::Winograd(tiling) => tiling.outputs()[0],
-        Method::Direct => 1,
-    };
+    let outputs = conv.depths();
     tile * outputs..((tile + 1) * outputs).min(conv.output.dhw[0])
 }
 
@@ -186,10 +184,9 @@ fn possible(conv: &Conv, done: &[bool], input: impl Fn(usize) -> bool, list: &mu
     list.extend((0..done.len()).filter(|&tile| !done[tile] && widened(planes_of(conv, tile), d).all(&input)));
 }
 
-/// Whether all planes of the network's input that plane `z` depends on, `reach` planes to each side, are `ready`. What
-/// an earlier series has left behind elsewhere is not worth computing with.
-fn is_ready(ready: Option<&[bool]>, z: usize, reach: usize) -> bool {
-    ready.is_none_or(|ready| ready[z.saturating_sub(reach)..(z + reach + 1).min(ready.len())].iter().all(|r| *r))
+/// Whether all the inputs of the depth tile of `conv` that `plane` is in fulfil `input`.
+fn needs(conv: &Conv, plane: usize, input: impl Fn(usize) -> bool) -> bool {
+    widened(planes_of(conv, plane / conv.depths()), conv.input.dhw[0]).all(input)
 }
 
 /// Marks the tiles of `conv` as not done whose input planes are not all done.
@@ -202,7 +199,7 @@ fn withdraw(conv: &Conv, done: &mut [bool], input: impl Fn(usize) -> bool) {
 
 /// Whether `plane` is done when its depth tiles are `done`.
 fn plane_done(conv: &Conv, done: &[bool], plane: usize) -> bool {
-    done[plane / planes_of(conv, 0).len().max(1)]
+    done[plane / conv.depths()]
 }
 
 struct CpuSession {
@@ -233,7 +230,7 @@ impl CpuSession {
         let [ends, hidden] = plan.gate_lengths();
         let mut input = Floats::zeroed(plan.stem_input().total())?;
         input.touch();
-        let mut scratch = Floats::zeroed(plan.scratch_len(shared.pool.threads()))?;
+        let mut scratch = Floats::zeroed(plan.scratch_len(shared.pool.threads(), &shared.kernels))?;
         scratch.touch();
         Ok(Self {
             activations: [Tensor::new(activation)?, Tensor::new(activation)?, Tensor::new(activation)?],
@@ -245,7 +242,7 @@ impl CpuSession {
             gate: [vec![0.0; ends], vec![0.0; hidden], vec![0.0; ends]],
             ahead: Ahead {
                 known: vec![false; d],
-                stem: vec![false; plan.stem.output.dhw[0]],
+                stem: vec![false; plan.stem.tiles()[0]],
                 conv1: vec![false; first.conv1.tiles()[0]],
                 conv2: vec![false; first.conv2.tiles()[0]],
             },
@@ -279,12 +276,12 @@ impl CpuSession {
             if !same {
                 self.ahead.known[z] = true;
                 for z in widened(z..z + 1, d) {
-                    self.ahead.stem[z] = false;
+                    self.ahead.stem[z / plan.stem.depths()] = false;
                 }
             }
         }
         let (first, ahead) = (&plan.blocks[0], &mut self.ahead);
-        withdraw(&first.conv1, &mut ahead.conv1, |z| ahead.stem[z]);
+        withdraw(&first.conv1, &mut ahead.conv1, |z| plane_done(&plan.stem, &ahead.stem, z));
         withdraw(&first.conv2, &mut ahead.conv2, |z| plane_done(&first.conv1, &ahead.conv1, z));
     }
 
@@ -300,25 +297,24 @@ impl CpuSession {
             tensor.reshape(shape, &shared.pool);
         }
         let (ahead, list) = (&mut self.ahead, &mut self.list);
-        let d = plan.input_dhw[0];
+        // What an earlier series has left behind elsewhere is not worth computing with: all that a plane was made of must
+        // be ready, however long it has been done.
+        let input_ready = |z: usize| ready.is_none_or(|ready| ready[z]);
+        let stem_ready = |z: usize| needs(&plan.stem, z, input_ready);
+        let conv1_ready = |z: usize| needs(&first.conv1, z, stem_ready);
 
         let started = Instant::now();
-        list.clear();
-        list.extend((0..d).filter(|&z| !ahead.stem[z] && is_ready(ready, z, 1)));
+        possible(&plan.stem, &ahead.stem, input_ready, list);
         if !list.is_empty() {
-            let stem_input = plan.stem_input();
-            let input = DirectInput {
-                data: &self.input,
-                step: [stem_input.plane(), 2 * stem_input.row(), 2],
-                length: STEM_ROW_TAPS,
-            };
-            conv::direct(context, &plan.stem, shared.weights(&plan.stem), input, x, Ending::Relu, list)?;
-            list.iter().for_each(|&z| ahead.stem[z] = true);
+            let weights = shared.weights(&plan.stem);
+            let at = plan.stem_input();
+            conv::stem(context, &plan.stem, at, weights, &self.input, x, &mut self.scratch, list)?;
+            list.iter().for_each(|&tile| ahead.stem[tile] = true);
         }
         self.seconds[0] += started.elapsed().as_secs_f64();
 
         let started = Instant::now();
-        possible(&first.conv1, &ahead.conv1, |z| ahead.stem[z] && is_ready(ready, z, 1), list);
+        possible(&first.conv1, &ahead.conv1, |z| plane_done(&plan.stem, &ahead.stem, z) && stem_ready(z), list);
         if !list.is_empty() {
             convolution(
                 context,
@@ -336,7 +332,7 @@ impl CpuSession {
         self.seconds[1] += started.elapsed().as_secs_f64();
 
         let started = Instant::now();
-        let done = |z| plane_done(&first.conv1, &ahead.conv1, z) && is_ready(ready, z, 2);
+        let done = |z| plane_done(&first.conv1, &ahead.conv1, z) && conv1_ready(z);
         possible(&first.conv2, &ahead.conv2, done, list);
         if !list.is_empty() {
             let sums = Some(Sums(&mut self.sums));
@@ -364,7 +360,7 @@ impl CpuSession {
         let of = |conv: &Conv, planes: usize| conv.macs() / conv.output.dhw[0] as u64 * planes as u64;
         let planes =
             |conv: &Conv, done: &[bool]| (0..conv.output.dhw[0]).filter(|&z| plane_done(conv, done, z)).count();
-        let done = of(&plan.stem, self.ahead.stem.iter().filter(|d| **d).count())
+        let done = of(&plan.stem, planes(&plan.stem, &self.ahead.stem))
             + of(&first.conv1, planes(&first.conv1, &self.ahead.conv1))
             + of(&first.conv2, planes(&first.conv2, &self.ahead.conv2));
         (done, plan.stem.macs() + first.conv1.macs() + first.conv2.macs())
@@ -412,7 +408,7 @@ impl CpuSession {
         }
         let started = Instant::now();
         let shape = block.conv2.output;
-        plane_means(shape, block.conv2.sum_rows(), &self.sums, &mut self.means);
+        plane_means(shape, block.conv2.strips(), &self.sums, &mut self.means);
         attention(block, shape, shared.plan.order, &mut self.means, &mut self.scale, &mut self.gate);
         // From here on the stem's output is no more.
         self.ahead.forget();
@@ -492,9 +488,7 @@ fn convolution(
     tiles: &[usize],
 ) -> Result<(), EngineError> {
     match conv.method {
-        Method::Winograd(tiling) => {
-            conv::winograd(context, conv, tiling, weights, input, output, relu, sums, scratch, tiles)
-        }
+        Method::Winograd(..) => conv::winograd(context, conv, weights, input, output, relu, sums, scratch, tiles),
         Method::Direct => {
             assert!(relu && sums.is_none(), "only a strided convolution is done directly, and it has a ReLU");
             let from = conv.input;
@@ -506,6 +500,7 @@ fn convolution(
             };
             conv::direct(context, conv, weights, input, output, Ending::Relu, tiles)
         }
+        Method::Depth => unreachable!("the stem alone is done along depth, by a function of its own"),
     }
 }
 

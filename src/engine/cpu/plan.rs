@@ -1,52 +1,87 @@
 //! The model rearranged for the kernels: batch normalisation folded, a method a convolution, weights in the order they
 //! are read, shapes with their borders.
 //!
-//! **Choice of method.** A 3x3x3 convolution takes the tiling with the least estimated time on one core (`cost_ns`;
-//! its three constants were measured, see `docs/performance.md`), stride 2 also direct. Where all the transformed weights
-//! would exceed [`WINOGRAD_BYTES`], the convolution that loses least time for the bytes it saves takes its next smaller
-//! tiling, until they fit. At full size: F(4,4,4) in layers 1 to 3, F(2,2,2) in layer 4. The choice depends on the
-//! architecture alone, not on threads or machine.
+//! **Choice of method.** A 3x3x3 convolution takes the tiling, and the way of keeping its weights, with the least estimated
+//! time on one core (`cost_ns`; its constants were measured, see `docs/performance.md`), stride 2 also direct. Where all
+//! the weights would exceed [`WINOGRAD_BYTES`], the convolution that loses least time for the bytes it saves takes its next
+//! smaller choice, until they fit. At full size: F(4,6,4) in layers 1 and 3, F(4,4,4) in layers 2 and 4, 302 MiB. The
+//! choice depends on the architecture alone, not on threads or machine.
 //!
 //! Deliberately absent: memory of a run ([`super::arena`]) and what is done with the plan ([`super::conv`]).
 
 use super::arena::Shape;
-use super::dispatch::Tiling;
+use super::dispatch::{Kernels, Tiling};
 use super::simd::LANES;
+use super::stem;
+use super::winograd::{Axis, Four, Kept, m_len, odd_lines, v_len};
 use crate::model::architecture::{BLOCKS, BN_EPSILON, STAGES};
 use crate::model::{AttentionOrder, Model};
 
 /// Bound on the transformed weights of all Winograd convolutions. F(4,4,4) everywhere would take 864 MiB at full size.
 pub const WINOGRAD_BYTES: usize = 420 << 20;
-/// Bytes of V and M of all tiles that the threads work on together: all tiles of a convolution in layer3 and layer4, so
-/// that their transformed weights are read once. Smaller blocks were slower, larger ones do not occur at full size.
-pub const SCRATCH_BYTES: usize = 60 << 20;
+/// Bytes of the transforms along D and H that all threads work on together.
+pub const SHARED_COLUMN_BYTES: usize = 40 << 20;
 /// A convolution whose transformed weights are at most this many bytes keeps them in a third-level cache of 32 MiB
 /// between blocks of tiles, so that each thread takes blocks of its own.
 pub const PRIVATE_WEIGHT_BYTES: usize = 16 << 20;
-/// Bytes of V and M of one thread's block in that case, or one row of tiles (8 MB in the first convolution of layer2).
-pub const PRIVATE_SCRATCH_BYTES: usize = 3_400_000;
+/// Bytes of the transforms along D and H of one thread's block in that case: they live in a second-level cache of 1 MiB.
+pub const PRIVATE_COLUMN_BYTES: usize = 600 << 10;
+/// Tiles that a product of weights kept whole is worth being fetched for.
+pub const FEWEST_TILES: usize = 14;
+/// Bytes of V: it is read once a panel, from the second-level cache.
+pub const V_BYTES: usize = 640 << 10;
 
-/// Taps of a row of the stem's kernel.
-pub const STEM_ROW_TAPS: usize = 7;
-/// Rows of the stem's kernel: 3 x 7.
-pub const STEM_ROWS: usize = 21;
+/// Taps of the stem's kernel: 3 x 7 x 7.
+const STEM_TAPS: usize = 3 * stem::PLANE_TAPS;
 
 /// How a convolution is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// Winograd transforms.
-    Winograd(Tiling),
+    /// Winograd transforms, and how the weights are kept.
+    Winograd(Tiling, Kept),
     /// Sums over taps and channels.
     Direct,
+    /// Winograd's transform along depth, sums over the taps of rows and columns: the stem.
+    Depth,
 }
 
 impl Method {
     /// Its name in reports.
     pub const fn as_str(self) -> &'static str {
         match self {
-            Self::Winograd(tiling) => tiling.as_str(),
+            Self::Winograd(tiling, _) => tiling.as_str(),
             Self::Direct => "direct",
+            Self::Depth => "F(4) along depth",
         }
+    }
+}
+
+/// The weights of one transform along D and H.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightRow {
+    /// Where they begin, floats from the convolution's first.
+    pub at: usize,
+    /// The row of G along H, where they are kept without it.
+    pub mix: [f32; 3],
+}
+
+/// Floats that a block of strips takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Scratch {
+    /// The transforms along D and H.
+    pub columns: usize,
+    /// V.
+    pub v: usize,
+    /// M.
+    pub m: usize,
+    /// A panel of weights that are not kept whole.
+    pub u: usize,
+}
+
+impl Scratch {
+    /// Floats of what each thread has of its own beside the columns.
+    pub const fn own(&self) -> usize {
+        self.v + self.m + self.u
     }
 }
 
@@ -75,8 +110,8 @@ pub struct Conv {
     scale: Vec<f64>,
     /// With a direct method, where the segments of a voxel's inputs begin, from the first.
     pub offsets: Vec<usize>,
-    /// With Winograd, which transformed weight each product takes.
-    pub weight_map: Vec<u16>,
+    /// With Winograd, the weights of each transform along D and H.
+    pub weight_rows: Vec<WeightRow>,
 }
 
 impl Conv {
@@ -88,26 +123,98 @@ impl Conv {
     /// Tiles along each axis; of a direct convolution its voxels.
     pub fn tiles(&self) -> [usize; 3] {
         match self.method {
-            Method::Winograd(tiling) => tiles(tiling, self.output.dhw),
+            Method::Winograd(tiling, _) => tiles(tiling, self.output.dhw),
             Method::Direct => self.output.dhw,
+            Method::Depth => {
+                let [d, h, w] = self.output.dhw;
+                [d.div_ceil(stem::DEPTHS), h, w]
+            }
         }
     }
 
-    /// Rows of tiles of a plane: the rows of the sums that its outputs are added up in.
-    pub fn sum_rows(&self) -> usize {
-        self.tiles()[1]
+    /// Output planes of a depth tile.
+    pub fn depths(&self) -> usize {
+        match self.method {
+            Method::Winograd(tiling, _) => tiling.outputs()[0],
+            Method::Direct => 1,
+            Method::Depth => stem::DEPTHS,
+        }
     }
 
-    /// Floats between two frequencies of `tiles` tiles with `c` channels: an odd number of cache lines.
-    pub fn frequency_stride(tiles: usize, c: usize) -> usize {
-        ((tiles * c / LANES) | 1) * LANES
+    /// Strips that a row of tiles is cut into; all have as many tiles.
+    pub fn parts(&self) -> usize {
+        let Method::Winograd(tiling, kept) = self.method else { return 1 };
+        let tiles = self.tiles()[2];
+        if !self.is_private() {
+            return 1;
+        }
+        let fewest = (FEWEST_TILES * tiling.weights(kept)).div_ceil(tiling.frequencies());
+        let parts = (1..=tiles).filter(|parts| tiles.is_multiple_of(*parts) && tiles / parts >= fewest);
+        let fits = |parts: &usize| self.column_lines(tiles / parts) * LANES * 4 <= PRIVATE_COLUMN_BYTES;
+        let longest = parts.clone().last().unwrap_or(1);
+        parts.into_iter().find(fits).unwrap_or(longest)
     }
 
-    /// Floats of V and of M for `rows` rows of tiles.
-    pub fn scratch(&self, rows: usize) -> [usize; 2] {
-        let Method::Winograd(tiling) = self.method else { return [0, 0] };
-        let tiles = rows * self.tiles()[2];
-        [self.input.padded_c(), self.output.padded_c()].map(|c| tiling.frequencies() * Self::frequency_stride(tiles, c))
+    /// Tiles of a strip.
+    pub fn strip_tiles(&self) -> usize {
+        self.tiles()[2] / self.parts()
+    }
+
+    /// Strips of a plane of tiles: the rows of the sums that its outputs are added up in.
+    pub fn strips(&self) -> usize {
+        self.tiles()[1] * self.parts()
+    }
+
+    /// Vectors of one transform along D and H of one strip of `tiles` tiles, before and after the products.
+    pub fn strip_lines(&self, tiles: usize) -> usize {
+        let Method::Winograd(tiling, _) = self.method else { return 0 };
+        let voxels = (tiles - 1) * tiling.steps()[2] + tiling.inputs()[2];
+        (self.input.blocks() * voxels).max(self.output.blocks() * tiles * tiling.outputs()[2])
+    }
+
+    /// Vectors of all transforms along D and H of one strip.
+    fn column_lines(&self, tiles: usize) -> usize {
+        let Method::Winograd(tiling, _) = self.method else { return 0 };
+        tiling.inputs()[0] * tiling.inputs()[1] * self.strip_lines(tiles)
+    }
+
+    /// Floats from one transform along D and H to the next, of a block of `strips` strips.
+    pub fn column_stride(&self, strips: usize) -> usize {
+        odd_lines(strips * self.strip_lines(self.strip_tiles()))
+    }
+
+    /// Strips whose tiles are multiplied together, of a block of `strips`.
+    pub fn together(&self, strips: usize) -> usize {
+        let Method::Winograd(tiling, _) = self.method else { return 1 };
+        let one = 4 * tiling.inputs()[2] * self.strip_tiles() * self.input.padded_c();
+        let most = (V_BYTES / one).clamp(1, strips);
+        strips.div_ceil(strips.div_ceil(most))
+    }
+
+    /// Floats of scratch for `threads` threads.
+    pub fn scratch_len(&self, threads: usize, kernels: &Kernels) -> usize {
+        let one = self.scratch(kernels);
+        if self.is_private() { threads * (one.columns + one.own()) } else { one.columns + threads * one.own() }
+    }
+
+    /// Floats for a block of strips.
+    pub fn scratch(&self, kernels: &Kernels) -> Scratch {
+        let Method::Winograd(tiling, kept) = self.method else {
+            let stem = self.method == Method::Depth;
+            let row = StemInput::new([1, 1, 2 * self.output.dhw[2]]).row();
+            let v = if stem { stem::v_len(row) } else { 0 };
+            let m = if stem { stem::m_len(self.output.dhw[2], self.output.blocks()) } else { 0 };
+            return Scratch { columns: 0, v, m, u: 0 };
+        };
+        let ([d, h, w], strips) = (tiling.inputs(), self.block_strips());
+        let tiles = self.together(strips) * self.strip_tiles();
+        let whole = kept == Kept::Whole;
+        Scratch {
+            columns: d * h * self.column_stride(strips),
+            v: v_len(tiles, kernels.rows, self.input.blocks(), w),
+            m: m_len(tiles, kernels.rows, kernels.panel, w),
+            u: if whole { 0 } else { w * self.input.padded_c() * kernels.panel * LANES },
+        }
     }
 
     /// Length of the weights, padding of the bias, offsets and map, once method and shapes are known.
@@ -115,15 +222,22 @@ impl Conv {
         let channels = self.input.padded_c() * self.output.padded_c();
         self.bias.resize(self.output.padded_c(), 0.0);
         (self.weights_len, self.offsets) = match self.method {
-            Method::Winograd(tiling) => {
-                self.weight_map = tiling.weight_map();
-                (tiling.weights() * channels, Vec::new())
+            Method::Winograd(tiling, kept) => {
+                let one = tiling.weights(kept) * channels;
+                let rows_of_g = tiling.rows_of_g();
+                let [depths, rows] = [tiling.weights(Kept::Planes) / 9, rows_of_g.len()];
+                let row = |[d, h]: [usize; 2]| match kept {
+                    Kept::Planes => WeightRow { at: d * (one / depths), mix: rows_of_g[h] },
+                    _ => WeightRow { at: (d * rows + h) * (one / (depths * rows)), mix: [0.0; 3] },
+                };
+                self.weight_rows = tiling.weight_rows().into_iter().map(row).collect();
+                (one, Vec::new())
             }
             Method::Direct if self.taps == 27 => (27 * channels, taps_of(self.input)),
-            Method::Direct if self.taps == 1 => (channels, centre_of(self.input)),
-            Method::Direct => {
-                let rows = (0..STEM_ROWS).map(|k| k / 7 * stem_input.plane() + k % 7 * stem_input.row());
-                (STEM_ROWS * STEM_ROW_TAPS * self.output.padded_c(), rows.collect())
+            Method::Direct => (channels, centre_of(self.input)),
+            Method::Depth => {
+                let rows = (0..stem::TAPS).map(|k| k * stem::v_row(stem_input.row()));
+                (stem::FREQUENCIES * stem::PLANE_TAPS * self.output.padded_c(), rows.collect())
             }
         };
     }
@@ -132,7 +246,7 @@ impl Conv {
     pub fn alone([c_in, c_out]: [usize; 2], input_dhw: [usize; 3], stride: usize, method: Method) -> Self {
         let mut input = Shape::new(c_in, input_dhw);
         let output = Shape::new(c_out, input_dhw.map(|n| (n - 1) / stride + 1));
-        if let Method::Winograd(tiling) = method {
+        if let Method::Winograd(tiling, _) = method {
             input.after = border_after(tiling, input.dhw, output.dhw);
         }
         let mut conv = Self {
@@ -147,34 +261,37 @@ impl Conv {
             bias: vec![0.0; c_out],
             scale: vec![1.0; c_out],
             offsets: Vec::new(),
-            weight_map: Vec::new(),
+            weight_rows: Vec::new(),
         };
         conv.lay_out(StemInput::new([1; 3]));
         conv
     }
 
-    /// Its weights, `[c_out][c_in][27]`, as kernels with panels of `vectors` vectors read them.
-    pub fn packed(&self, vectors: usize, weights: &[f32]) -> Vec<f32> {
+    /// Its weights, `[c_out][c_in][27]`, as `kernels` read them.
+    pub fn packed(&self, kernels: &Kernels, weights: &[f32]) -> Vec<f32> {
         let mut packed = vec![0.0; self.weights_len];
         for ci in 0..self.input.c {
-            pack_channel(self, vectors, weights, ci, |index, value| packed[index] = value);
+            pack_channel(self, kernels, weights, ci, |index, value| packed[index] = value);
         }
         packed
     }
 
     /// Whether each thread takes blocks of its own; otherwise all work on one block.
     pub fn is_private(&self) -> bool {
-        self.weights_len * 4 <= PRIVATE_WEIGHT_BYTES
+        matches!(self.method, Method::Winograd(_, Kept::Whole)) && self.weights_len * 4 <= PRIVATE_WEIGHT_BYTES
     }
 
-    /// Rows of tiles of a block.
-    pub fn block_rows(&self) -> usize {
-        let [nd, nh, _] = self.tiles();
-        let (bound, most) = if self.is_private() { (PRIVATE_SCRATCH_BYTES, nh) } else { (SCRATCH_BYTES, nd * nh) };
-        let one: usize = self.scratch(1).iter().sum::<usize>() * 4;
-        let rows = (bound / one.max(1)).clamp(1, most);
+    /// Strips of a block: of one plane of tiles where each thread has its own, else of all.
+    pub fn block_strips(&self) -> usize {
+        let one = self.column_lines(self.strip_tiles()) * LANES * 4;
+        let (bound, most) = if self.is_private() {
+            (PRIVATE_COLUMN_BYTES, self.strips())
+        } else {
+            (SHARED_COLUMN_BYTES, self.tiles()[0] * self.strips())
+        };
+        let strips = (bound / one.max(1)).clamp(1, most);
         // blocks of equal size
-        most.div_ceil(most.div_ceil(rows))
+        most.div_ceil(most.div_ceil(strips))
     }
 }
 
@@ -192,19 +309,29 @@ fn border_after(tiling: Tiling, input_dhw: [usize; 3], output_dhw: [usize; 3]) -
     })
 }
 
-/// Estimated nanoseconds of a convolution on one core. Products at 110 G a second, 0.2 and 0.1 ns a value written to V
-/// and read from M, transformed weights at 20 GB/s; direct at 100 G multiply-adds a second.
+/// Estimated nanoseconds of a convolution on one core. Products at 70 G a second, 0.2 and 0.1 ns a value of V and M, 0.15
+/// more each where the transforms along D and H go through memory, weights at 20 GB/s, 0.04 (0.06) ns a value of U that
+/// is made each time; direct at 60 G multiply-adds a second.
 fn cost_ns(method: Method, c_in: usize, c_out: usize, output_dhw: [usize; 3]) -> f64 {
     match method {
-        Method::Winograd(tiling) => {
+        Method::Winograd(tiling, kept) => {
             let tiles = tiles(tiling, output_dhw).iter().product::<usize>() as f64;
             let values = tiles * tiling.frequencies() as f64;
             let (c_in, c_out) = (c_in as f64, c_out as f64);
-            values * c_in * c_out / 110.0
+            let made = match kept {
+                Kept::Whole => 0.0,
+                Kept::Rows => 0.04,
+                Kept::Planes => 0.06,
+            };
+            let whole = tiling.weights(Kept::Whole) as f64 * c_in * c_out;
+            let memory = if whole * 4.0 > PRIVATE_WEIGHT_BYTES as f64 { 0.15 } else { 0.0 };
+            values * c_in * c_out / 70.0
+                + values * memory * (c_in + c_out)
                 + values * (0.2 * c_in + 0.1 * c_out)
-                + tiling.weights() as f64 * c_in * c_out * 4.0 / 20.0
+                + tiling.weights(kept) as f64 * c_in * c_out * 4.0 / 20.0
+                + whole * made
         }
-        Method::Direct => (27 * c_in * c_out) as f64 * output_dhw.iter().product::<usize>() as f64 / 100.0,
+        _ => (27 * c_in * c_out) as f64 * output_dhw.iter().product::<usize>() as f64 / 60.0,
     }
 }
 
@@ -278,8 +405,9 @@ impl StemInput {
 
     fn new(input_dhw: [usize; 3]) -> Self {
         let [d, h, w] = input_dhw;
-        // the last output of an axis of n reads 7 voxels from 2 * (ceil(n / 2) - 1)
-        Self { bordered: [d + 2, 2 * h.div_ceil(2) + 5, 2 * w.div_ceil(2) + 5] }
+        // Whole depth tiles; the last output of a row of n reads 7 voxels from 2 * (ceil(n / 2) - 1)
+        let depth = d.div_ceil(stem::DEPTHS) * stem::DEPTHS + 2;
+        Self { bordered: [depth, 2 * h.div_ceil(2) + 5, 2 * w.div_ceil(2) + 5] }
     }
     /// Floats of a row.
     pub const fn row(&self) -> usize {
@@ -289,9 +417,9 @@ impl StemInput {
     pub const fn plane(&self) -> usize {
         self.bordered[1] * self.bordered[2]
     }
-    /// Floats of all.
+    /// Floats of all, and the sixteen that are read behind the last.
     pub const fn total(&self) -> usize {
-        self.bordered[0] * self.plane()
+        self.bordered[0] * self.plane() + LANES
     }
 }
 
@@ -363,9 +491,17 @@ impl Plan {
     fn choose_methods(&mut self) {
         let options = |conv: &Conv| -> Vec<Method> {
             if conv.taps != 27 {
-                return vec![Method::Direct];
+                return vec![if conv.taps == STEM_TAPS { Method::Depth } else { Method::Direct }];
             }
-            let winograd = |tilings: &[Tiling]| tilings.iter().map(|t| Method::Winograd(*t)).collect::<Vec<_>>();
+            // Weights that stay in the cache are kept whole: what is made each time would be made for every block.
+            let whole =
+                |tiling: Tiling| 4 * tiling.weights(Kept::Whole) * conv.input.padded_c() * conv.output.padded_c();
+            let winograd = |tilings: &[Tiling]| -> Vec<Method> {
+                let all = tilings.iter().flat_map(|t| Kept::ALL.map(|kept| (*t, kept)));
+                all.filter(|(t, kept)| *kept == Kept::Whole || whole(*t) > PRIVATE_WEIGHT_BYTES)
+                    .map(|(t, kept)| Method::Winograd(t, kept))
+                    .collect()
+            };
             if conv.stride == 1 {
                 return winograd(&Tiling::STRIDE_1);
             }
@@ -376,8 +512,8 @@ impl Plan {
         let cost =
             |conv: &Conv, method| cost_ns(method, conv.input.padded_c(), conv.output.padded_c(), conv.output.dhw);
         let bytes = |conv: &Conv, method: Method| match method {
-            Method::Winograd(tiling) => 4 * tiling.weights() * conv.input.padded_c() * conv.output.padded_c(),
-            Method::Direct => 0,
+            Method::Winograd(tiling, kept) => 4 * tiling.weights(kept) * conv.input.padded_c() * conv.output.padded_c(),
+            Method::Direct | Method::Depth => 0,
         };
         for conv in self.convolutions_mut() {
             let best = options(conv).into_iter().min_by(|a, b| cost(conv, *a).total_cmp(&cost(conv, *b)));
@@ -418,7 +554,7 @@ impl Plan {
                 let mut shape = own;
                 for conv in self.convolutions().filter(|conv| conv.taps == 27) {
                     if conv.input == own
-                        && let Method::Winograd(tiling) = conv.method
+                        && let Method::Winograd(tiling, _) = conv.method
                     {
                         let after = border_after(tiling, own.dhw, conv.output.dhw);
                         shape.after = std::array::from_fn(|axis| shape.after[axis].max(after[axis]));
@@ -462,7 +598,7 @@ impl Plan {
     pub fn sums_len(&self) -> usize {
         let of = |conv: &Conv, rows: usize| conv.output.padded_c() * rows * conv.output.dhw[0];
         let last = self.blocks.last().map_or(0, |b| of(&b.conv2, b.conv2.output.dhw[1]));
-        self.blocks.iter().map(|b| of(&b.conv2, b.conv2.sum_rows())).max().unwrap_or(0).max(last)
+        self.blocks.iter().map(|b| of(&b.conv2, b.conv2.strips())).max().unwrap_or(0).max(last)
     }
 
     /// Largest product of planes and padded channels.
@@ -476,13 +612,9 @@ impl Plan {
         [longest(|g| g.b2.len()), longest(|g| g.b0.len())]
     }
 
-    /// Floats of V and M for `threads` threads.
-    pub fn scratch_len(&self, threads: usize) -> usize {
-        let of = |conv: &Conv| {
-            let one: usize = conv.scratch(conv.block_rows()).iter().sum();
-            if conv.is_private() { threads * one } else { one }
-        };
-        self.convolutions().map(of).max().unwrap_or(0)
+    /// Floats of the transforms' scratch for `threads` threads.
+    pub fn scratch_len(&self, threads: usize, kernels: &Kernels) -> usize {
+        self.convolutions().map(|conv| conv.scratch_len(threads, kernels)).max().unwrap_or(0)
     }
 
     /// Bytes that all this takes besides the convolutions' weights.
@@ -536,7 +668,7 @@ fn conv(model: &Model, [name, bn]: [&str; 2], input: Shape, output: Shape, strid
         bias,
         scale,
         offsets: Vec::new(),
-        weight_map: Vec::new(),
+        weight_rows: Vec::new(),
     }
 }
 
@@ -551,13 +683,20 @@ pub fn panel_index(vectors: usize, depth: usize, padded_c_out: usize, k: usize, 
 /// The weights of input channel `ci` of `conv`, for all output channels, to their places in `write(index, value)`.
 ///
 /// `weights` is `[c_out][c_in][taps]`.
-pub fn pack_channel(conv: &Conv, vectors: usize, weights: &[f32], ci: usize, mut write: impl FnMut(usize, f32)) {
+pub fn pack_channel(conv: &Conv, kernels: &Kernels, weights: &[f32], ci: usize, mut write: impl FnMut(usize, f32)) {
     let (c_in, taps) = (conv.input.c, conv.taps);
     let (padded_in, padded_out) = (conv.input.padded_c(), conv.output.padded_c());
+    let vectors = kernels.vectors;
     let kernel = |co: usize| &weights[(co * c_in + ci) * taps..][..taps];
     match conv.method {
-        Method::Winograd(tiling) => {
-            let count = tiling.weights();
+        Method::Winograd(tiling, kept) => {
+            let count = tiling.weights(kept);
+            // what lies together in a panel: transforms along W, taps of W, or taps of H and W
+            let inner = match kept {
+                Kept::Whole => count / (tiling.weights(Kept::Rows) / 3),
+                Kept::Rows => 3,
+                Kept::Planes => 9,
+            };
             // sixteen outputs at a time, so that whole lines are written
             let mut transformed = vec![0.0_f64; count * LANES];
             let mut one = vec![0.0; count];
@@ -566,24 +705,29 @@ pub fn pack_channel(conv: &Conv, vectors: usize, weights: &[f32], ci: usize, mut
                 for lane in 0..outputs {
                     let scale = conv.scale[first + lane];
                     let w: [f64; 27] = std::array::from_fn(|k| f64::from(kernel(first + lane)[k]) * scale);
-                    tiling.kernel_transform(&w, &mut one);
+                    tiling.kernel_transform(&w, kept, &mut one);
                     for (f, value) in one.iter().enumerate() {
                         transformed[f * LANES + lane] = *value;
                     }
                 }
-                let at = panel_index(vectors, padded_in, padded_out, ci, first);
                 for f in 0..count {
+                    let row = f / inner * inner * padded_in * padded_out;
+                    let k = f % inner * padded_in + ci;
+                    let at = row + panel_index(kernels.panel, inner * padded_in, padded_out, k, first);
                     for lane in 0..outputs {
-                        write(f * padded_in * padded_out + at + lane, transformed[f * LANES + lane] as f32);
+                        write(at + lane, transformed[f * LANES + lane] as f32);
                     }
                 }
             }
         }
-        Method::Direct if taps == STEM_ROWS * STEM_ROW_TAPS => {
+        Method::Depth => {
             for co in 0..conv.output.c {
-                for (tap, w) in kernel(co).iter().enumerate() {
-                    let value = (f64::from(*w) * conv.scale[co]) as f32;
-                    write(panel_index(vectors, taps, padded_out, tap, co), value);
+                for tap in 0..stem::PLANE_TAPS {
+                    let w = [0, 1, 2].map(|kd| f64::from(kernel(co)[kd * stem::PLANE_TAPS + tap]) * conv.scale[co]);
+                    for (f, value) in Four::g(w).iter().enumerate().take(stem::FREQUENCIES) {
+                        let first = f * stem::PLANE_TAPS * padded_out;
+                        write(first + panel_index(vectors, stem::PLANE_TAPS, padded_out, tap, co), *value as f32);
+                    }
                 }
             }
         }
@@ -602,6 +746,7 @@ pub fn pack_channel(conv: &Conv, vectors: usize, weights: &[f32], ci: usize, mut
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::cpu::dispatch::Isa;
     use crate::model::Architecture;
 
     fn plan(architecture: &Architecture) -> Plan {
@@ -631,14 +776,20 @@ mod tests {
         assert!(winograd <= WINOGRAD_BYTES, "{winograd}");
         assert_eq!(plan.convolutions().map(Conv::macs).sum::<u64>() / 1_000_000_000, 636);
         for conv in plan.convolutions().filter(|c| c.taps == 27 && c.stride == 1) {
-            assert!(matches!(conv.method, Method::Winograd(_)), "{}", conv.name);
+            assert!(matches!(conv.method, Method::Winograd(..)), "{}", conv.name);
         }
         for name in ["layer1.0.conv1", "layer1.1.conv2", "layer2.0.conv2", "layer2.1.conv2"] {
             let conv = plan.convolutions().find(|c| c.name == name).unwrap();
-            assert_eq!(conv.method, Method::Winograd(Tiling::F444), "{name}");
+            let tiling = if name.starts_with("layer1") { Tiling::F464 } else { Tiling::F444 };
+            assert_eq!(conv.method, Method::Winograd(tiling, Kept::Whole), "{name}");
         }
-        assert!(plan.scratch_len(2) * 4 <= SCRATCH_BYTES);
-        assert!(plan.scratch_len(16) * 4 <= 16 * (8 << 20));
+        for isa in Isa::ALL {
+            let Some(kernels) = Kernels::of(isa) else { continue };
+            for threads in [1, 2, 16] {
+                let bound = SHARED_COLUMN_BYTES + threads * (4 << 20);
+                assert!(plan.scratch_len(threads, &kernels) * 4 <= bound, "{isa} {threads}");
+            }
+        }
     }
 
     #[test]
@@ -646,7 +797,7 @@ mod tests {
         let architecture = Architecture { base_width: 4, input_dhw: [5, 21, 30], ..Architecture::full() };
         let plan = plan(&architecture);
         for conv in plan.convolutions() {
-            let Method::Winograd(tiling) = conv.method else { continue };
+            let Method::Winograd(tiling, _) = conv.method else { continue };
             let (tiles, steps, inputs) = (conv.tiles(), tiling.steps(), tiling.inputs());
             for axis in 0..3 {
                 let reads = (tiles[axis] - 1) * steps[axis] + inputs[axis];

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::arena::Floats;
 use super::dispatch::Kernels;
-use super::matrix::{Frequency, INDEPENDENT};
+use super::matrix::{INDEPENDENT, Product};
 use super::pool::Pool;
 use super::simd::LANES;
 use crate::engine::EngineError;
@@ -64,15 +64,19 @@ pub fn measure(kernels: &Kernels, threads: usize) -> Result<Roof, EngineError> {
         // SAFETY: `kernels` exist only where the processor has their instructions.
         black_box(unsafe { (kernels.multiply_adds)(rounds) });
     });
-    let (tiles, c, times) = (24, 64, 400);
-    let kernel_gflops = best((2 * tiles * c * c * times) as f64, &|_| {
-        let (v, u, mut m) = (vec![0.5; tiles * c], vec![0.5; c * c], vec![0.0; tiles * c]);
-        let product = Frequency { tiles, c_in: c, c_out: c, v: v.as_ptr(), u: u.as_ptr(), m: m.as_mut_ptr() };
+    // two groups of tiles and one panel, 64 input channels
+    let (tiles, blocks, vectors, times) = (2 * kernels.rows, 4, kernels.panel, 2_000);
+    let c_in = blocks * LANES;
+    let kernel_gflops = best((2 * tiles * c_in * vectors * LANES * times) as f64, &|_| {
+        let (v, u) = (vec![0.5; tiles * c_in], vec![0.5; c_in * vectors * LANES]);
+        let mut m = vec![0.0; tiles * vectors * LANES];
+        let (v, u, m) = (v.as_ptr(), u.as_ptr(), m.as_mut_ptr());
+        let product =
+            Product { tiles, size: kernels.rows, blocks, vectors, v, u, m, ahead: u, lines: 0, next: u, next_lines: 0 };
         for _ in 0..times {
             // SAFETY: as above, and the operands have the lengths that the product says.
-            unsafe { (kernels.frequency)(black_box(&product)) };
+            unsafe { (kernels.product)(black_box(&product)) };
         }
-        black_box(&m);
     });
     let cache_gb_s = best((CACHE_FLOATS * 4 * 8) as f64, &|item| {
         for _ in 0..8 {

@@ -17,12 +17,16 @@ pub const LANES: usize = 16;
 ///
 /// # Safety
 /// Every method may only run on a processor with the instruction set of its type. Pointers must be valid for sixteen
-/// f32, without any alignment but for `stream`, which needs 64 bytes; `prefetch` takes any.
+/// f32, without any alignment but for `stream`, which needs 64 bytes; `prefetch` and `prefetch_near` take any.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// A vector.
     type V: Copy;
-    /// Vectors of outputs that a matrix kernel holds in registers for each of its six rows.
+    /// Vectors of outputs that a direct convolution holds in registers for each of its six rows.
     const NV: usize;
+    /// Vectors of outputs of a panel of transformed weights.
+    const PANEL: usize;
+    /// Tiles whose products with a panel are held in registers at a time.
+    const ROWS: usize;
     /// Sixteen values.
     unsafe fn load(p: *const f32) -> Self::V;
     /// Writes sixteen values.
@@ -43,8 +47,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn fnma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger of both; `b` where one is not a number.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
-    /// Asks for a cache line ahead of its use.
+    /// Asks for a cache line ahead of its use, into the second level.
     unsafe fn prefetch(p: *const f32);
+    /// Asks for a cache line ahead of its use, into the first level.
+    unsafe fn prefetch_near(p: *const f32);
     /// Makes streamed values visible to other threads.
     unsafe fn fence();
 }
@@ -69,6 +75,8 @@ macro_rules! lanes {
 impl Simd for Scalar {
     type V = [f32; LANES];
     const NV: usize = 1;
+    const PANEL: usize = 1;
+    const ROWS: usize = 6;
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::V {
         // SAFETY: the trait's contract; an array of f32 needs no more alignment than one f32.
@@ -115,6 +123,8 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn prefetch(_: *const f32) {}
     #[inline(always)]
+    unsafe fn prefetch_near(_: *const f32) {}
+    #[inline(always)]
     unsafe fn fence() {}
 }
 
@@ -146,6 +156,8 @@ mod x86 {
     impl Simd for Avx512 {
         type V = __m512;
         const NV: usize = 4;
+        const PANEL: usize = 2;
+        const ROWS: usize = 14;
         avx512! {
             load(p: *const f32) -> __m512 = _mm512_loadu_ps(p);
             store(p: *mut f32, v: __m512) = _mm512_storeu_ps(p, v);
@@ -158,6 +170,7 @@ mod x86 {
             fnma(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fnmadd_ps(a, b, c);
             max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
             prefetch(p: *const f32) = _mm_prefetch::<_MM_HINT_T1>(p.cast());
+            prefetch_near(p: *const f32) = _mm_prefetch::<_MM_HINT_T0>(p.cast());
             fence() = _mm_sfence();
         }
     }
@@ -177,6 +190,8 @@ mod x86 {
     impl Simd for Avx2 {
         type V = Two;
         const NV: usize = 1;
+        const PANEL: usize = 1;
+        const ROWS: usize = 6;
         avx2! {
             load(p: *const f32) -> Two = [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(HALF))];
             store(p: *mut f32, v: Two) = {
@@ -197,6 +212,7 @@ mod x86 {
                 [_mm256_fnmadd_ps(a[0], b[0], c[0]), _mm256_fnmadd_ps(a[1], b[1], c[1])];
             max(a: Two, b: Two) -> Two = [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])];
             prefetch(p: *const f32) = _mm_prefetch::<_MM_HINT_T1>(p.cast());
+            prefetch_near(p: *const f32) = _mm_prefetch::<_MM_HINT_T0>(p.cast());
             fence() = _mm_sfence();
         }
     }
