@@ -73,7 +73,7 @@ fn symbol<F: Copy>(library: &Library, name: &'static str) -> Result<F, String> {
 fn compile(arch: (c_int, c_int), kind: Kind) -> Result<Vec<u8>, String> {
     let mut tried = Vec::new();
     // SAFETY: the library's initialisers are NVIDIA's own and have no precondition.
-    let library = COMPILERS.iter().find_map(|name| match unsafe { Library::new(name) } {
+    let library = COMPILERS.iter().find_map(|name| match unsafe { Library::new(*name) } {
         Ok(library) => Some(library),
         Err(error) => {
             tried.push(error.to_string());
@@ -172,7 +172,7 @@ impl Cuda {
     pub fn open(index: usize, kind: Kind) -> Result<Self, String> {
         let device = Device::Cuda(index);
         // libtorch makes the device's context and makes it current on this thread.
-        Tensor::f_zeros([1], (Kind::Float, device)).map_err(|e| e.to_string())?;
+        let _ = Tensor::f_zeros([1], (Kind::Float, device)).map_err(|e| e.to_string())?;
         // SAFETY: as for the compiler; libtorch has opened the driver already.
         let driver = unsafe { Library::new(DRIVER) }.map_err(|e| e.to_string())?;
         let attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int =
@@ -598,5 +598,50 @@ impl Kernels for Cuda {
             (root as f32).into(),
         ];
         self.start("adam", [((n + THREADS as i64 - 1) / THREADS as i64).clamp(1, ADAM_BLOCKS), 1], &args)
+    }
+}
+
+#[cfg(test)]
+impl Cuda {
+    /// The same kernels compiled for the processor, one thread a CUDA thread: slow, and the same arguments in the same
+    /// order.
+    pub(super) fn on_the_processor(dir: &std::path::Path, kind: Kind) -> Self {
+        const TRAMPOLINE: &str = "extern \"C\" __global__ void ";
+        let mut text = format!("{}\n{SOURCE}\n", include_str!("emulate.h"));
+        for found in SOURCE.split(TRAMPOLINE).skip(1) {
+            let (name, rest) = found.split_once('(').unwrap();
+            let arguments = rest.split_once(')').unwrap().0;
+            let unpacked: Vec<String> = arguments
+                .split(',')
+                .enumerate()
+                .map(|(i, argument)| {
+                    let end = argument.rfind(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap();
+                    format!("*({}*)a[{i}]", argument[..=end].trim())
+                })
+                .collect();
+            text += &format!("extern \"C\" void host_{name}(void** a) {{ {name}({}); }}\n", unpacked.join(", "));
+        }
+        let (source, library) = (dir.join("kernels.cpp"), dir.join("kernels.so"));
+        std::fs::write(&source, text).unwrap();
+        let kind_flag = if kind == Kind::BFloat16 { "-DTYPE=1" } else { "-DTYPE=0" };
+        let made = std::process::Command::new("g++")
+            .args(["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", kind_flag, "-o"])
+            .args([&library, &source])
+            .status()
+            .expect("g++ is missing: apt-get install g++");
+        assert!(made.success(), "g++ compiles the kernels");
+        // SAFETY: the library was made above and has no initialisers of its own.
+        let library = unsafe { Library::new(&library) }.unwrap();
+        type Host = unsafe extern "C" fn(*mut *mut c_void);
+        let functions = KERNELS
+            .iter()
+            .map(|name| {
+                // SAFETY: the trampolines above have this signature.
+                let f = unsafe { library.get::<Host>(format!("host_{name}").as_bytes()) }.map(|f| *f);
+                (*name, f.unwrap() as usize)
+            })
+            .collect();
+        let launch: Launch = symbol(&library, "host_launch").unwrap();
+        Self { device: Device::Cpu, kind, functions, launch, _driver: library }
     }
 }

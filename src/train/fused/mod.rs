@@ -22,11 +22,9 @@ use std::collections::HashMap;
 use tch::{CModule, Device, IValue, Kind, Reduction, TchError, Tensor, no_grad};
 
 use super::TrainError;
-use super::net::{
-    BN_MOMENTUM, Gradient, Layout, Pass, Precision, Replica, initial_weights, phase_kernel, phases, volumes_of,
-};
+use super::net::{Gradient, Layout, Pass, Precision, Replica, initial_weights, phase_kernel, phases, volumes_of};
 use crate::model::Architecture;
-use crate::model::architecture::{BLOCKS, BN_EPSILON, STAGES};
+use crate::model::architecture::{BLOCKS, STAGES};
 
 /// Channels are a multiple of this: what one thread takes.
 pub const CHANNELS: usize = 8;
@@ -207,7 +205,8 @@ impl Fused {
         }
         let kernels = cuda::Cuda::open(index, precision.kind())?;
         let fused = Self::with(Box::new(kernels)).map_err(|e| e.to_string())?;
-        fused.compare(device, precision).map_err(|e| e.to_string())??;
+        let small = Architecture { base_width: 16, input_dhw: [8, 32, 32], ..Architecture::full() };
+        fused.compare(&small, device, precision).map_err(|e| e.to_string())??;
         Ok(fused)
     }
 
@@ -215,13 +214,18 @@ impl Fused {
         Ok(Self { ops: CModule::load_data(&mut &OPS[..])?, kernels })
     }
 
-    /// Both ways on a small network with everything in it. `Ok(Err)` says how they differ.
-    fn compare(&self, device: Device, precision: Precision) -> Result<Result<(), String>, TrainError> {
-        let architecture = Architecture { base_width: 16, input_dhw: [8, 32, 32], ..Architecture::full() };
-        let layout = Layout::new(&architecture, true)?;
-        let weights = initial_weights(&architecture, 11);
-        let [d, h, w] = architecture.input_dhw.map(|n| n as i64);
-        let values = crate::model::synthetic::volume([2 * architecture.input_dhw[0], 32, 32], 5);
+    /// Both ways of the network `architecture`. `Ok(Err)` says how they differ.
+    fn compare(
+        &self,
+        architecture: &Architecture,
+        device: Device,
+        precision: Precision,
+    ) -> Result<Result<(), String>, TrainError> {
+        let layout = Layout::new(architecture, true)?;
+        let weights = initial_weights(architecture, 11);
+        let [d, h, w] = architecture.input_dhw;
+        let values = crate::model::synthetic::volume([2 * d, h, w], 5);
+        let [d, h, w] = [d, h, w].map(|n| n as i64);
         let x = Tensor::f_from_slice(&values)?.f_view([2, 1, d, h, w])?.f_to_device(device)?;
         let target = Tensor::f_from_slice(&[1i64, 2])?.f_to_device(device)?;
         let run = |fused: bool| -> Result<(Tensor, Tensor, Tensor), TrainError> {
@@ -507,8 +511,10 @@ pub struct Step {
 
 #[cfg(test)]
 mod tests {
+    use super::super::net::BN_MOMENTUM;
     use super::*;
     use crate::model::AttentionOrder;
+    use crate::model::architecture::BN_EPSILON;
 
     /// The kernels' arithmetic in libtorch, on the processor.
     struct Plain;
@@ -663,6 +669,116 @@ mod tests {
         fn adam(&self, _: &Tensor, _: &Tensor, _: &Tensor, _: &Tensor, _: f64, _: f64) -> Result<(), TrainError> {
             unreachable!("the processor's optimiser is another one")
         }
+    }
+
+    #[test]
+    fn the_kernels_are_their_arithmetic_and_the_way_by_hand_with_them_is_that_of_the_graph() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let dir = tempfile::tempdir().unwrap();
+            let cuda = cuda::Cuda::on_the_processor(dir.path(), kind);
+            // Every kernel against `Plain` at odd sizes.
+            let (n, c, d, h, w) = (2i64, 24i64, 3i64, 5i64, 7i64);
+            let drawn = |name: &str, len: i64, low: f64| {
+                let s = crate::model::synthetic::Stream::new(7, name);
+                Tensor::from_slice(&(0..len as u64).map(|i| (low + 4.0 * s.uniform(i)) as f32).collect::<Vec<_>>())
+            };
+            let activation = |name: &str| {
+                let t = drawn(name, n * c * d * h * w, -1.5).to_kind(kind);
+                t.view([n, d, h, w, c]).permute([0, 4, 1, 2, 3])
+            };
+            let [x, s, g, g2] = ["x", "s", "g", "g2"].map(activation);
+            let near = |what: &str, a: &Tensor, b: &Tensor| {
+                let tolerance = if kind == Kind::Float { 1e-5 } else { 1e-2 };
+                let (a, b) = (a.to_kind(Kind::Float), b.to_kind(Kind::Float));
+                let far = (&a - &b).abs().max().double_value(&[]);
+                let scale = b.abs().max().double_value(&[]).max(1.0);
+                assert!(far <= tolerance * scale, "{what}, {kind:?}: {far} of {scale}");
+            };
+            let total = |t: Tensor| t.sum_dim_intlist(&[0i64][..], false, Kind::Float);
+            let bn = || [drawn("gamma", c, 0.5), drawn("beta", c, -2.0), drawn("m", c, -2.0), drawn("v", c, 0.5)];
+            let at = Planes::of(&x).unwrap();
+            let (mine, theirs) = (cuda.sums_forward(&x).unwrap(), Plain.sums_forward(&x).unwrap());
+            near("sums_forward", &total(mine.shallow_clone()), &total(theirs.shallow_clone()));
+            let (bn1, bn2) = (bn(), bn());
+            let (norm, means) = cuda.coefficients(&mine, at, [&bn1[0], &bn1[1], &bn1[2], &bn1[3]], true).unwrap();
+            let (norm2, means2) = Plain.coefficients(&theirs, at, [&bn2[0], &bn2[1], &bn2[2], &bn2[3]], true).unwrap();
+            for (what, a, b) in [
+                ("a", &norm.a, &norm2.a),
+                ("b", &norm.b, &norm2.b),
+                ("mean", &norm.mean, &norm2.mean),
+                ("invstd", &norm.invstd, &norm2.invstd),
+                ("plane_x", &norm.plane_x, &norm2.plane_x),
+                ("plane means", &means.unwrap(), &means2.unwrap()),
+                ("running mean", &bn1[2], &bn2[2]),
+                ("running variance", &bn1[3], &bn2[3]),
+            ] {
+                near(what, a, b);
+            }
+            let y = cuda.affine_relu(&x, &norm).unwrap();
+            near("affine_relu", &y, &Plain.affine_relu(&x, &norm).unwrap());
+            let scale = drawn("scale", n * d * c, 0.1).view([n, d, c]);
+            let through = drawn("through", n * d * c, -2.0).view([n, d, c]);
+            for second in [None, Some(&g2)] {
+                let sums = cuda.sums_relu(&g, second, &x, &norm).unwrap();
+                let plain = Plain.sums_relu(&g, second, &x, &norm).unwrap();
+                near("sums_relu", &total(sums.shallow_clone()), &total(plain.shallow_clone()));
+                let of = cuda.gradients(&sums, 1, at, &norm, None, None).unwrap();
+                let of2 = Plain.gradients(&total(sums).unsqueeze(0), 1, at, &norm, None, None).unwrap();
+                for (a, b) in [(&of.gamma, &of2.gamma), (&of.beta, &of2.beta), (&of.q, &of2.q), (&of.r, &of2.r)] {
+                    near("gradients", a, b);
+                }
+                let gx = cuda.grad_relu(&g, second, &x, &norm, &of).unwrap();
+                near("grad_relu", &gx, &Plain.grad_relu(&g, second, &x, &norm, &of).unwrap());
+                for (scale, through) in [(None, None), (Some(&scale), Some(&through))] {
+                    for strided in [false, true] {
+                        let y = cuda.block_out(&x, &norm, scale, &s, strided.then_some(&norm)).unwrap();
+                        near(
+                            "block_out",
+                            &y,
+                            &Plain.block_out(&x, &norm, scale, &s, strided.then_some(&norm)).unwrap(),
+                        );
+                        let shortcut = strided.then_some(&s);
+                        let sums = cuda.sums_block(&g, second, &y, &x, shortcut).unwrap();
+                        let plain = Plain.sums_block(&g, second, &y, &x, shortcut).unwrap();
+                        near("sums_block", &total(sums.shallow_clone()), &total(plain));
+                        let one = total(sums.shallow_clone()).unsqueeze(0);
+                        let ds = cuda.gate_gradient(&sums, at, &norm).unwrap();
+                        near("gate_gradient", &ds, &Plain.gate_gradient(&one, at, &norm).unwrap());
+                        let of = cuda.gradients(&sums, 1, at, &norm, scale, through).unwrap();
+                        let of2 = Plain.gradients(&one, 1, at, &norm, scale, through).unwrap();
+                        near("gradients of a block", &of.gamma, &of2.gamma);
+                        near("gradients of a block", &of.r, &of2.r);
+                        let third = cuda.gradients(&sums, 2, at, &norm, None, None).unwrap();
+                        let kept = Shortcut { raw: &s, norm: &norm };
+                        let part = strided.then_some((&kept, &third));
+                        let a = cuda.grad_block(&g, second, &y, &x, &norm, scale, through, &of, part).unwrap();
+                        let b = Plain.grad_block(&g, second, &y, &x, &norm, scale, through, &of, part).unwrap();
+                        near("grad_block by x", &a.0, &b.0);
+                        near("grad_block by the shortcut", &a.1, &b.1);
+                    }
+                }
+            }
+            let all = [drawn("p", 1000, -2.0), drawn("g", 1000, -2.0), drawn("m", 1000, -2.0), drawn("v", 1000, 0.0)];
+            let whole = |t: &Tensor| super::super::net::Piece { offset: 0, values: t.copy() };
+            let mut adam = super::super::optimiser::Adam { mean: all[2].copy(), square: all[3].copy(), steps: 4 };
+            let p = all[0].copy();
+            assert!(adam.step(&p, &Gradient(vec![whole(&all[1])]), 0.01).unwrap());
+            let (step, root) = (0.01 / (1.0 - 0.9f64.powi(5)), 1.0 / (1.0 - 0.999f64.powi(5)).sqrt());
+            cuda.adam(&all[0], &all[1], &all[2], &all[3], step, root).unwrap();
+            for (a, b) in [(&all[0], &p), (&all[2], &adam.mean), (&all[3], &adam.square)] {
+                assert!((a - b).abs().max().double_value(&[]) < 1e-6);
+            }
+            // Wrong tensors are refused before a kernel sees them.
+            assert!(cuda.affine_relu(&x.narrow(4, 0, 6), &norm).is_err());
+            assert!(cuda.affine_relu(&x.to_kind(Kind::Double), &norm).is_err());
+            let short = Norm { a: norm.a.narrow(0, 0, 8).contiguous(), ..norm };
+            assert!(cuda.affine_relu(&x, &short).is_err());
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let emulated = cuda::Cuda::on_the_processor(dir.path(), Kind::Float);
+        let fused = Fused::with(Box::new(emulated)).unwrap();
+        let small = Architecture { base_width: 8, input_dhw: [4, 24, 24], ..Architecture::full() };
+        fused.compare(&small, Device::Cpu, Precision::Fp32).unwrap().unwrap();
     }
 
     #[test]
