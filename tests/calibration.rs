@@ -108,6 +108,11 @@ fn a_calibration_of_other_weights_is_refused_and_named() {
         assert!(err.contains(word), "{err}");
     };
     refused(text.replace(&sha, &"0".repeat(64)), "another weights");
+    let config = dir.path().join("darnet.toml");
+    std::fs::write(&config, format!("[model]\npath = {:?}\n", folder.display().to_string())).unwrap();
+    let (code, _, err) = darnet(&["check-config", config.to_str().unwrap()]);
+    assert_eq!(code, 1);
+    assert!(err.contains("another weights"), "{err}");
     refused(text.replace("fitted_on", "fitted_an"), "calibration");
 }
 

@@ -11,10 +11,11 @@
 #
 # Environment, with defaults:
 #   STEPS=compare,train       which parts
-#   BUDGET=240                seconds for everything; trainings are stopped (and can go on) when they run out
-#   TRAIN_COUNT=1000 TEST_COUNT=240 SIDE=160 SEED=1   phantoms
+#   BUDGET=185                seconds for everything; trainings end with their best epoch when they run out
+#   TRAIN_COUNT=500 TEST_COUNT=160 SIDE=128 SEED=1    phantoms
 #   WIDTH=16 BATCH=16 PRECISION=bf16                  the shipped network and how it is trained
-#   ABLATION_JOBS=4           processes that share the GPU beside the shipped model's
+#   COMPARE="1:8 8:4"         batch sizes of the comparison, with the steps of a round
+#   ABLATION_JOBS=5           processes that share the GPU beside the shipped model's
 #   MAIN_EPOCHS= ABLATION_EPOCHS=    set, or chosen from the measured speed
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -28,11 +29,11 @@ out=$(readlink -f "$out")
 work=$(readlink -f "$work")
 
 STEPS=${STEPS:-compare,train}
-BUDGET=${BUDGET:-240}
-TRAIN_COUNT=${TRAIN_COUNT:-1000} TEST_COUNT=${TEST_COUNT:-240} SIDE=${SIDE:-160} SEED=${SEED:-1}
-WIDTH=${WIDTH:-16} BATCH=${BATCH:-16} PRECISION=${PRECISION:-bf16} ABLATION_JOBS=${ABLATION_JOBS:-4}
+BUDGET=${BUDGET:-185}
+TRAIN_COUNT=${TRAIN_COUNT:-500} TEST_COUNT=${TEST_COUNT:-160} SIDE=${SIDE:-128} SEED=${SEED:-1}
+WIDTH=${WIDTH:-16} BATCH=${BATCH:-16} PRECISION=${PRECISION:-bf16} ABLATION_JOBS=${ABLATION_JOBS:-5}
 DEVICE=${DEVICE:-cuda:0}
-readonly INPUT=32,96,96 KEEP_FOR_JUDGING=40
+readonly INPUT=32,96,96 KEEP_FOR_JUDGING=35
 
 SECONDS=0
 log=$out/log.txt
@@ -53,7 +54,7 @@ within() {
 
 cores=$(nproc)
 if [ "$cores" -ge 8 ]; then
-    front="taskset -c 0-3" behind="taskset -c 4-$((cores - 1))" workers=$((cores - 4))
+    front="taskset -c 0-2" behind="taskset -c 3-$((cores - 1))" workers=$((cores - 3))
 else
     front="" behind="" workers=$cores
 fi
@@ -62,17 +63,7 @@ row "machine: $cores cores, $(nvidia-smi --query-gpu=name,driver_version,memory.
     head -1 || echo no GPU)"
 row "program: $("$binary" --version 2>&1)"
 
-# 1. CUDA tensors work.
-say "a small step on $DEVICE"
-if ! small=$(within 60 "$binary" bench --device "$DEVICE" --input 16,56,56 --batch 2 --width 8 --steps 3 --tune off 2>&1); then
-    say "failed: $small"
-    row "CUDA does not work: $small"
-    cat "$table"
-    exit 1
-fi
-say "$small"
-
-# 3a. Phantoms are made beside the comparison, on the other cores.
+# Phantoms are made beside the comparison, on the other cores.
 maker=
 if has train; then
     (
@@ -88,11 +79,21 @@ if has train; then
     maker=$!
 fi
 
+# 1. CUDA tensors work.
+say "a small step on $DEVICE"
+if ! small=$(within 60 "$binary" bench --device "$DEVICE" --input 16,56,56 --batch 2 --width 8 --steps 3 --tune off 2>&1); then
+    say "failed: $small"
+    row "CUDA does not work: $small"
+    cat "$table"
+    exit 1
+fi
+say "$small"
+
 # 2. The full-size step.
 if has compare; then
     row "full-size step (64 x 224 x 224, bf16, channels last, augmentation on the device), in turn, 5 rounds, medians:"
-    for setting in "1 10" "2 8" "8 4"; do
-        read -r batch steps <<<"$setting"
+    for setting in ${COMPARE:-1:8 8:4}; do
+        batch=${setting%:*} steps=${setting#*:}
         say "comparing at batch $batch"
         if within "$(left 90)" $front python3 benches/train/compare.py "$binary" --device cuda --precision bf16 \
             --channels-last on --augment --batch "$batch" --steps "$steps" --rounds 5 \
@@ -128,12 +129,12 @@ if has train; then
     [ "$DEVICE" = cpu ] || device+=(--precision "$PRECISION")
     step_ms=$("$binary" bench "${net[@]}" --input "$INPUT" --batch "$BATCH" --steps 20 "${device[@]}" 2>>"$log" |
         sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p')
-    # Images that fit into the time, half of it kept for validation, loading and what the processes take from each other;
-    # the shipped model gets a fifth of them.
+    # Images that fit into the time; processes side by side do somewhat more than one alone, which launches kernels half
+    # of the time. The shipped model gets a fifth of them.
     in_fold=$((TRAIN_COUNT * 8 / 10 * 8 / 10))
     read -r main_epochs ablation_epochs < <(python3 -c "
-images = 0.5 * max($(left $KEEP_FOR_JUDGING), 10) * $BATCH / ($step_ms / 1000)
-print(min(40, max(6, int(0.2 * images / $in_fold))), min(24, max(4, int(0.8 * images / 20 / $in_fold))))")
+images = 1.2 * max($(left $KEEP_FOR_JUDGING), 10) * $BATCH / ($step_ms / 1000)
+print(min(80, max(6, int(0.2 * images / $in_fold))), min(40, max(4, int(0.8 * images / 20 / $in_fold))))")
     main_epochs=${MAIN_EPOCHS:-$main_epochs} ablation_epochs=${ABLATION_EPOCHS:-$ablation_epochs}
     say "a step of $BATCH takes $step_ms ms: $main_epochs epochs for the shipped model, $ablation_epochs for each of the ablation"
     common=(--cache "$work/cache-train" --split "$work/split.csv" "${net[@]}" --batch "$BATCH" --seed "$SEED"
@@ -141,19 +142,22 @@ print(min(40, max(6, int(0.2 * images / $in_fold))), min(24, max(4, int(0.8 * im
     third() { echo $((($1 * 3 + 7) / 8)); }
     trained="$TRAIN_COUNT synthetic chest CT phantoms of the training ranges, seed $SEED"
     limit=$(left "$KEEP_FOR_JUDGING")
-    within "$limit" "$binary" fit "${common[@]}" --fold 0 --epochs "$main_epochs" --lr-every "$(third "$main_epochs")" \
+    common+=(--time-limit "$limit")
+    within $((limit + 15)) "$binary" fit "${common[@]}" --fold 0 --epochs "$main_epochs" --lr-every "$(third "$main_epochs")" \
         --id demo --trained-on "$trained" --out "$work/main" >"$work/main.log" 2>&1 &
     main_fit=$!
     ablation=("$binary" ablate "${common[@]}" --epochs "$ablation_epochs" --lr-every "$(third "$ablation_epochs")"
         --trained-on "$trained" --out "$work/ablation")
     jobs=()
     for i in $(seq 0 $((ABLATION_JOBS - 1))); do
-        within "$limit" "${ablation[@]}" --share "$i/$ABLATION_JOBS" >"$work/ablation-$i.log" 2>&1 &
+        within $((limit + 15)) "${ablation[@]}" --share "$i/$ABLATION_JOBS" >"$work/ablation-$i.log" 2>&1 &
         jobs+=($!)
     done
     wait "$main_fit" || say "the shipped model is not finished"
     for job in "${jobs[@]}"; do wait "$job" || say "a share of the ablation is not finished"; done
-    for f in "$work"/main.log "$work"/ablation-*.log; do tail -n 3 "$f" >>"$log"; done
+    for f in "$work"/main.log "$work"/ablation-*.log; do
+        grep -v Warning "$f" | tail -n 4 >>"$log"
+    done
     row "small net (width $WIDTH, 32 x 96 x 96, $PRECISION, batch $BATCH): $step_ms ms a step; $main_epochs and $ablation_epochs epochs"
     say "judging"
     # As many whole folds as there are.
@@ -169,7 +173,7 @@ print(min(40, max(6, int(0.2 * images / $in_fold))), min(24, max(4, int(0.8 * im
         break
     done
     if [ -e "$work/main/summary.json" ]; then
-        tail -n 1 "$work/main.log" >>"$table"
+        grep 'best epoch' "$work/main.log" >>"$table"
         within 30 "$binary" evaluate "$work/main" --cache "$work/cache-test" --out "$work/evaluation-wide" \
             --batch 32 "${device[@]:0:4}" >"$work/wide.md" 2>>"$log"
         within 30 "$binary" evaluate "$work/main" --cache "$work/cache-train" --split "$work/split.csv" \
@@ -196,6 +200,8 @@ print(min(40, max(6, int(0.2 * images / $in_fold))), min(24, max(4, int(0.8 * im
     tar czf "$out/ablation.tar.gz" --exclude='*.safetensors' --exclude='events.*' ablation 2>>"$log"
     tar cf "$out/models-a.tar" ablation/none/fold-0/model ablation/ca/fold-0/model 2>>"$log"
     tar cf "$out/models-b.tar" ablation/da/fold-0/model ablation/both/fold-0/model 2>>"$log"
+    # Larger files do not travel.
+    find "$out" -size +15M -delete
     tar czf "$out/evaluation.tar.gz" $(ls -d evaluation-* cam ./*.log ./*.md cache-*/report.csv 2>/dev/null) 2>>"$log"
 fi
 row "took $SECONDS s"

@@ -10,7 +10,7 @@ lie in pinned memory. With --augment both flip, rotate, move and zoom every volu
 affine_grid and grid_sample with the depth as channels.
 
 Each round times both, the order changing from round to round; printed are the medians over all steps, the ratio of the
-medians, and the median of the rounds' ratios. Memory of a GPU is what is taken on the card after the steps, less what
+medians, and the median of the rounds' ratios. Memory of a GPU is what is taken on the card after warming up, less what
 was taken before the process began to use it. Needs PyTorch 2.11 with numpy; each side runs in its own process, so that
 both find the memory free.
 """
@@ -97,11 +97,10 @@ def eager(a):
 
     for _ in range(WARM_GPU if gpu else WARM_CPU):
         step()
-    print(json.dumps({"ready": True}), flush=True)
+    taken = free - torch.cuda.mem_get_info()[0] if gpu else None
+    print(json.dumps({"ready": True, "gpu_bytes": taken, "torch": torch.__version__}), flush=True)
     for _ in sys.stdin:
         print(json.dumps({"steps_ms": [step() for _ in range(a.steps)]}), flush=True)
-    taken = free - torch.cuda.mem_get_info()[0] if gpu else None
-    print(json.dumps({"gpu_bytes": taken, "torch": torch.__version__}))
 
 
 class Side:
@@ -109,7 +108,8 @@ class Side:
 
     def __init__(self, command):
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.answer()["ready"]
+        self.ready = self.answer()
+        assert self.ready["ready"]
 
     def answer(self):
         line = self.process.stdout.readline()
@@ -124,9 +124,8 @@ class Side:
 
     def end(self):
         self.process.stdin.close()
-        last = self.answer()
+        self.process.stdout.read()
         self.process.wait()
-        return last
 
 
 def main():
@@ -164,7 +163,9 @@ def main():
             steps = running[name].round()
             times[name] += steps
             rounds[name].append(statistics.median(steps))
-    memory = {name: side.end()["gpu_bytes"] for name, side in running.items()}
+    memory = {name: side.ready["gpu_bytes"] for name, side in running.items()}
+    for side in running.values():
+        side.end()
     medians = {name: statistics.median(t) for name, t in times.items()}
     for name, t in times.items():
         line = f"{name}: median {medians[name]:.2f} ms a step, {1e3 * a.batch / medians[name]:.2f} images/s"

@@ -7,7 +7,7 @@ use std::io::{BufRead as _, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
@@ -146,6 +146,7 @@ impl DeviceArgs {
             threads: self.threads,
             deterministic: self.deterministic,
             tf32: self.tf32,
+            half: self.precision != Precision::Fp32,
             tune: self.tune == Switch::On,
         })?;
         Ok(devices(&self.device)?)
@@ -210,6 +211,9 @@ pub struct TrainArgs {
     /// Store matrices in half precision
     #[arg(long)]
     half_weights: bool,
+    /// End with the best epoch so far after this time; runs of a plan share it
+    #[arg(long, value_name = "SECONDS")]
+    time_limit: Option<u64>,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -249,6 +253,7 @@ impl TrainArgs {
             trained_on: self.trained_on.clone(),
             intended_use: self.intended_use.clone(),
             half_weights: self.half_weights,
+            deadline: self.time_limit.map(|s| Instant::now() + Duration::from_secs(s)),
         }
     }
 
@@ -431,6 +436,8 @@ pub fn ablate(args: &AblateArgs) -> anyhow::Result<()> {
     let runs = plan::plan(&architecture, &args.variants, &folds, &args.out)?;
     let stop = stop_flag()?;
     let mine = |i: usize| args.share.is_none_or(|(share, of)| i % of == share);
+    let end = args.train.time_limit.map(|s| Instant::now() + Duration::from_secs(s));
+    let mut runs_left = (0..runs.len()).filter(|i| mine(*i)).count() as u32;
     for (i, planned) in runs.iter().enumerate().filter(|(i, _)| mine(*i)) {
         let what = format!("[{}/{}] {} fold {}", i + 1, runs.len(), planned.variant, planned.fold);
         let options = args.train.options(planned.architecture.clone(), at[0]);
@@ -438,6 +445,11 @@ pub fn ablate(args: &AblateArgs) -> anyhow::Result<()> {
         let id = format!("{}-fold-{}", planned.variant, planned.fold);
         let mut run = args.train.run(planned.out.clone(), &id, at.clone(), initial.as_ref());
         run.stop = Some(&stop);
+        run.deadline = end.map(|end| {
+            let now = Instant::now();
+            now + end.saturating_duration_since(now) / runs_left
+        });
+        runs_left -= 1;
         train(&data, planned.fold, &options, &run, &what)?;
     }
     if args.share.is_some() {
@@ -630,7 +642,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let mut volumes =
         Tensor::f_rand([args.batch as i64, d, h, w], (Kind::Float, Device::Cpu))?.f_to_kind(Kind::Half)?;
     if at[0].is_cuda() {
-        volumes = volumes.f_pin_memory(at[0])?;
+        volumes = volumes.f_internal_pin_memory(at[0])?;
     }
     let labels: Vec<i64> = (0..args.batch as i64).map(|i| i % 3).collect();
     let augment = AugmentOptions { enabled: !args.no_augment, ..AugmentOptions::default() };
@@ -654,7 +666,8 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let mut times_ms = Vec::new();
     if args.on_request {
         let mut out = std::io::stdout().lock();
-        writeln!(out, "{}", serde_json::json!({"ready": true}))?;
+        let gpu = before.zip(in_use()).map(|(before, after)| after.saturating_sub(before));
+        writeln!(out, "{}", serde_json::json!({"ready": true, "gpu_bytes": gpu}))?;
         out.flush()?;
         for line in std::io::stdin().lock().lines() {
             line?;

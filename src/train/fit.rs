@@ -136,6 +136,8 @@ pub struct RunOptions<'a> {
     pub intended_use: String,
     /// Whether matrices are stored in half precision.
     pub half_weights: bool,
+    /// When to end with the best epoch so far instead of doing the epochs that are left; after one epoch at the earliest.
+    pub deadline: Option<Instant>,
 }
 
 /// What happens during a run.
@@ -170,6 +172,9 @@ pub struct Summary {
     pub parameters: u64,
     /// The best epoch.
     pub best: Best,
+    /// Epochs that were done; fewer than asked for when the time was up.
+    #[serde(default)]
+    pub epochs_done: usize,
     /// The best model on the validation scans.
     pub validation: Evaluation,
     /// Training time, validation apart, seconds.
@@ -304,7 +309,9 @@ impl Engine {
             for &(at, len) in chunks.iter().skip(number).step_by(devices) {
                 let part = volumes.f_narrow(0, at as i64, len as i64)?;
                 let x = augment::apply(&augment::upload(&part, replica.device)?, &poses[at..at + len])?;
-                let target = Tensor::f_from_slice(&labels[at..at + len])?.f_to_device(replica.device)?;
+                // Without waiting for what the device still does.
+                let target = Tensor::f_from_slice(&labels[at..at + len])?;
+                let target = target.f_to_device_(replica.device, Kind::Int64, true, false)?;
                 let leaves = replica.leaves(layout, precision)?;
                 let x = x.f_unsqueeze(1)?;
                 let share = len as f64 / n as f64;
@@ -729,6 +736,10 @@ impl Session<'_> {
     fn train(&mut self, on_event: &mut dyn FnMut(&Event<'_>)) -> Result<(), TrainError> {
         let mut events = EventFile::create(&self.run.out, self.state.global_steps + 1)?;
         while self.state.epochs < self.options.epochs {
+            let late = self.run.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            if late && self.state.best.is_some() {
+                break;
+            }
             self.epoch(&mut events, on_event)?;
             let rate = self.learning_rate();
             let row = self.validate(rate)?;
@@ -942,6 +953,7 @@ impl Session<'_> {
             run: self.state.run.clone(),
             parameters: self.options.architecture.parameter_count(),
             best,
+            epochs_done: self.state.history.len(),
             validation: evaluation,
             seconds,
             images_per_s: (self.train.len() * self.state.history.len()) as f64 / seconds.max(1e-9),

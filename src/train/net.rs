@@ -11,6 +11,7 @@
 //! Deliberately absent: inference at the scanner (see `engine`), and libtorch's own modules and autocast, which hide
 //! memory order and casts.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 
 use tch::{Device, Kind, TchError, Tensor, no_grad};
@@ -306,6 +307,8 @@ pub struct Replica {
     pub buffers: Tensor,
     /// Views of `flat` that gradients are wanted for, in the order of the layout's slots.
     leaves: Vec<Tensor>,
+    /// What may be cast in half precision, and its views: made once, filled anew for each step.
+    half: OnceCell<(Tensor, Vec<Tensor>)>,
     buffer_views: Vec<Tensor>,
 }
 
@@ -320,7 +323,7 @@ impl Replica {
         let buffers = copy(buffers)?;
         let leaves = leaves(&layout.slots, &flat)?;
         let buffer_views = layout.buffers.iter().map(|slot| slot.view(&buffers)).collect::<Result<_, _>>()?;
-        Ok(Self { device, flat, buffers, leaves, buffer_views })
+        Ok(Self { device, flat, buffers, leaves, half: OnceCell::new(), buffer_views })
     }
 
     /// A replica of `weights`.
@@ -347,7 +350,8 @@ impl Replica {
         })))
     }
 
-    /// Views to differentiate by: the parameters themselves, or those that may be cast in `precision`, cast anew.
+    /// Views to differentiate by: the parameters themselves, or those that may be cast in `precision`, cast anew. What an
+    /// earlier call returned changes with them.
     ///
     /// # Errors
     /// No room on the device.
@@ -356,8 +360,21 @@ impl Replica {
         if precision == Precision::Fp32 {
             return Ok(shallow(&self.leaves));
         }
-        let cast = no_grad(|| self.flat.f_narrow(0, 0, layout.cast_len)?.f_to_kind(precision.kind()))?;
-        let mut all = leaves(&layout.slots[..layout.cast_slots], &cast)?;
+        let kind = precision.kind();
+        let (cast, views) = match self.half.get().filter(|(cast, _)| cast.kind() == kind) {
+            Some(kept) => kept,
+            None => {
+                let cast = Tensor::f_empty([layout.cast_len], (kind, self.device))?;
+                let views = leaves(&layout.slots[..layout.cast_slots], &cast)?;
+                // One precision a replica: the first one stays.
+                self.half.get_or_init(|| (cast, views))
+            }
+        };
+        if cast.kind() != kind {
+            return Err(TrainError::Torch("a replica in two precisions".to_owned()));
+        }
+        no_grad(|| cast.shallow_clone().f_copy_(&self.flat.f_narrow(0, 0, layout.cast_len)?))?;
+        let mut all = shallow(views);
         all.extend(shallow(&self.leaves[layout.cast_slots..]));
         Ok(all)
     }

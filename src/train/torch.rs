@@ -31,13 +31,16 @@ pub struct TorchOptions {
     pub deterministic: bool,
     /// TF32 in convolutions and products on GPUs, for f32 runs. Never in deterministic mode's favour or against it.
     pub tf32: bool,
+    /// Whether convolutions are in half precision. libtorch refuses every engine of cuDNN with matrix units to whoever
+    /// forbids TF32, those of half precision too; so it is allowed then, and changes no number.
+    pub half: bool,
     /// Whether cuDNN times its ways of doing each new convolution first. Not in deterministic mode.
     pub tune: bool,
 }
 
 impl Default for TorchOptions {
     fn default() -> Self {
-        Self { threads: 0, deterministic: false, tf32: false, tune: true }
+        Self { threads: 0, deterministic: false, tf32: false, half: false, tune: true }
     }
 }
 
@@ -64,6 +67,11 @@ fn cuda_candidates(maps: &str, libtorch: Option<&Path>) -> Vec<PathBuf> {
     all
 }
 
+/// What the loader said, which libloading keeps as the cause of its error.
+pub(super) fn loader_words(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 /// Opens the CUDA half of libtorch if it is there; says what was tried otherwise. Once a process.
 fn open_cuda() -> &'static Result<PathBuf, String> {
     static OPENED: OnceLock<Result<PathBuf, String>> = OnceLock::new();
@@ -88,8 +96,8 @@ fn open_cuda() -> &'static Result<PathBuf, String> {
                     let _ = library.into_raw();
                     return Ok(path);
                 }
-                // The loader's message names the file that is missing, which may be a library of NVIDIA's.
-                Err(error) => tried.push(format!("{}: {error}", path.display())),
+                // The loader's own words name the file that is missing, which may be a library of NVIDIA's.
+                Err(error) => tried.push(format!("{}: {}", path.display(), loader_words(&error))),
             }
         }
         Err(tried.join("; "))
@@ -108,7 +116,7 @@ pub fn init(options: &TorchOptions) -> Result<(), TrainError> {
     let context = Context::open()?;
     context.set_deterministic(options.deterministic)?;
     if Cuda::is_available() {
-        context.set(c"_ZN2at7Context17setAllowTF32CuDNNEb", options.tf32)?;
+        context.set(c"_ZN2at7Context17setAllowTF32CuDNNEb", options.tf32 || options.half)?;
         context.set(c"_ZN2at7Context18setAllowTF32CuBLASEb", options.tf32)?;
         Cuda::cudnn_set_benchmark(options.tune && !options.deterministic);
     }

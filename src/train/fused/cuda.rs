@@ -21,6 +21,7 @@ use crate::model::architecture::BN_EPSILON;
 use crate::train::TrainError;
 use crate::train::net::BN_MOMENTUM;
 use crate::train::optimiser::{BETA1, BETA2, EPSILON};
+use crate::train::torch::loader_words;
 
 const SOURCE: &str = include_str!("kernels.cu");
 /// Threads of a block; `kernels.cu` has shared memory for as many.
@@ -76,7 +77,7 @@ fn compile(arch: (c_int, c_int), kind: Kind) -> Result<Vec<u8>, String> {
     let library = COMPILERS.iter().find_map(|name| match unsafe { Library::new(*name) } {
         Ok(library) => Some(library),
         Err(error) => {
-            tried.push(error.to_string());
+            tried.push(loader_words(&error));
             None
         }
     });
@@ -174,7 +175,7 @@ impl Cuda {
         // libtorch makes the device's context and makes it current on this thread.
         let _ = Tensor::f_zeros([1], (Kind::Float, device)).map_err(|e| e.to_string())?;
         // SAFETY: as for the compiler; libtorch has opened the driver already.
-        let driver = unsafe { Library::new(DRIVER) }.map_err(|e| e.to_string())?;
+        let driver = unsafe { Library::new(DRIVER) }.map_err(|e| loader_words(&e))?;
         let attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int =
             symbol(&driver, "cuDeviceGetAttribute")?;
         let current: unsafe extern "C" fn(*mut c_int) -> c_int = symbol(&driver, "cuCtxGetDevice")?;
