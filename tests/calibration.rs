@@ -4,7 +4,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{Daemon, darnet, phantom_series, real_data};
+use common::{Daemon, darnet, phantom_series};
 use darnet::dicom::scu::{SendOptions, send};
 use darnet::model::manifest::SourceWindow;
 use darnet::model::{CLASS_KEYS, Model};
@@ -138,21 +138,5 @@ fn a_flagged_scan_alerts_is_suppressed_or_refused_as_configured() {
             assert_eq!(result["reason"], "out_of_distribution");
             assert!(result["logits"].is_null() && result["scores"].is_null());
         }
-    }
-}
-
-#[test]
-fn a_real_chest_under_the_phantom_trained_model_is_flagged_and_has_a_result() {
-    let Some(chest) = real_data("lidc-idri-0306.tar.xz") else { return };
-    let (code, out, err) = darnet(&["infer", "--json", chest.path().to_str().unwrap()]);
-    assert_eq!(code, 0, "{err}");
-    let document: Value = serde_json::from_str(&out).unwrap();
-    let judged: Vec<&Value> =
-        document["series"].as_array().unwrap().iter().filter(|s| s["outcome"] == "result").collect();
-    assert!(!judged.is_empty(), "{document}");
-    for series in judged {
-        println!("score {}", series["ood"]["score"]);
-        assert_eq!(series["ood"]["flag"], true, "{series}");
-        assert!(series["calibrated"].is_object() && series["scores"].is_object(), "{series}");
     }
 }

@@ -71,7 +71,7 @@ fn model_show_prints_the_exact_tables_of_the_paper() {
     let (code, out, _) = darnet(&["model", "show", "--json"]);
     assert_eq!(code, 0);
     let document: Value = serde_json::from_str(&out).unwrap();
-    assert!(document["manifest"]["trained_on"].as_str().unwrap().contains("phantom"));
+    assert_eq!(document["manifest"]["trained_on"], "nothing");
     assert_eq!(document["manifest"]["intended_use"], "demo");
 }
 
@@ -90,7 +90,7 @@ fn a_model_is_made_verified_and_used_and_a_damaged_one_is_refused() {
         "--out",
         out.to_str().unwrap(),
         "--width",
-        &embedded.manifest.architecture.base_width.to_string(),
+        "8",
         "--input",
         "32,96,96",
         "--trained-on",
@@ -209,7 +209,7 @@ fn the_heat_map_is_written_with_its_raw_map() {
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(tensors.tensor("cam").unwrap().shape(), [4, 6, 6]);
     let page = std::fs::read_to_string(file.with_file_name("summary.html")).unwrap();
-    assert!(page.contains("demo") && page.contains("phantom"), "the page says what the model is");
+    assert!(page.contains("demo") && page.contains("nothing"), "the page says what the model is");
     assert!(file.with_file_name("top-1.png").is_file());
 }
 
@@ -228,7 +228,7 @@ fn the_demo_runs_the_whole_program_and_ends_by_itself() {
     let document: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(document["schema"], "darnet.demo/1");
     assert_eq!(document["result"]["report"]["outcome"], "result");
-    assert!(document["result"]["model"]["trained_on"].as_str().unwrap().contains("phantom"));
+    assert_eq!(document["result"]["model"]["trained_on"], "nothing");
     let page = document["heat_map"][0].as_str().unwrap();
     assert!(Path::new(page).is_file());
 }

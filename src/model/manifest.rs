@@ -137,7 +137,7 @@ pub struct Manifest {
     pub schema: String,
     /// Short name of the model, letters, digits, `.`, `_` and `-`.
     pub id: String,
-    /// What it was trained on; "nothing" for generated weights.
+    /// What it was trained on; "nothing" for the embedded one.
     pub trained_on: String,
     /// What the grey values of its training data meant.
     #[serde(default, skip_serializing_if = "SourceWindow::is_hu")]

@@ -173,7 +173,7 @@ impl Model {
         Ok(model)
     }
 
-    /// The small demonstration network inside the program, trained on synthetic scans: it knows no patient.
+    /// The small demonstration network inside the program. It was trained on nothing.
     ///
     /// # Errors
     /// None in a build whose tests passed; the same checks run as for a model from a folder.
@@ -256,15 +256,11 @@ mod tests {
     #[test]
     fn the_embedded_model_loads_and_says_it_is_a_demonstration() {
         let model = Model::embedded().unwrap();
-        assert!(model.manifest.trained_on.contains("phantom"), "{}", model.manifest.trained_on);
+        assert_eq!(model.manifest.trained_on, "nothing");
         assert!(model.manifest.is_demo());
         assert_eq!(model.manifest.class_keys, CLASS_KEYS);
-        assert!(!model.manifest.scores.is_empty());
-        let a = &model.manifest.architecture;
-        assert!(a.channel_attention && a.depth_attention);
-        let calibration = model.calibration_text.unwrap();
-        assert!(calibration.contains("darnet.calibration/1") && calibration.contains(&model.sha256));
-        assert!(EMBEDDED_WEIGHTS.len() <= 8_000_000, "more than 8 MB");
+        assert!(model.calibration_text.unwrap().contains("darnet.calibration/1"));
+        assert!(EMBEDDED_WEIGHTS.len() < 5 << 19, "more than 2.5 MiB");
     }
 
     #[test]

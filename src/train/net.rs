@@ -81,6 +81,27 @@ impl Slot {
     }
 }
 
+/// Every tensor begins at a multiple of so many elements of its flat one, 128 bytes in half precision. cuDNN has no kernel
+/// with matrix units for a convolution whose kernel lies at less than 16 bytes' alignment, and attention has biases of
+/// a single element.
+pub const ALIGNED: i64 = 64;
+
+/// `parts` at the places of `slots` in a flat tensor that stands for the elements from `from` to `to`, 0 in the gaps.
+fn joined(slots: &[Slot], parts: Vec<Tensor>, from: i64, to: i64) -> Result<Tensor, TchError> {
+    let Some(first) = parts.first() else { return Tensor::f_zeros([to - from], (Kind::Float, Device::Cpu)) };
+    let gap = Tensor::f_zeros([ALIGNED], (first.kind(), first.device()))?;
+    let mut all = Vec::with_capacity(2 * parts.len());
+    let ends = slots.iter().skip(1).map(|s| s.offset).chain([to]);
+    for ((slot, part), end) in slots.iter().zip(parts).zip(ends) {
+        let rest = end - slot.offset - slot.len;
+        all.push(part);
+        if rest > 0 {
+            all.push(gap.f_narrow(0, 0, rest)?);
+        }
+    }
+    Tensor::f_cat(&all, 0)
+}
+
 /// Where everything lies.
 #[derive(Debug)]
 pub struct Layout {
@@ -92,7 +113,9 @@ pub struct Layout {
     pub buffers: Vec<Slot>,
     pub(super) index: HashMap<String, usize>,
     buffer_index: HashMap<String, usize>,
-    /// Elements of the parameters that may be cast.
+    /// Elements of all parameters and running statistics, and of the parameters that may be cast, gaps included.
+    len: i64,
+    buffer_len: i64,
     cast_len: i64,
     /// Of `slots`, how many may be cast.
     cast_slots: usize,
@@ -122,15 +145,15 @@ impl Layout {
         let place = |slots: &mut [Slot]| {
             slots.iter_mut().fold(0, |at, slot| {
                 slot.offset = at;
-                at + slot.len
+                (at + slot.len + ALIGNED - 1) / ALIGNED * ALIGNED
             })
         };
         let cast_len = place(&mut cast);
         let cast_slots = cast.len();
         let mut slots = cast;
         slots.append(&mut kept);
-        place(&mut slots);
-        place(&mut buffers);
+        let len = place(&mut slots);
+        let buffer_len = place(&mut buffers);
         let index = |slots: &[Slot]| slots.iter().enumerate().map(|(i, s)| (s.name.clone(), i)).collect();
         Ok(Self {
             architecture: architecture.clone(),
@@ -138,15 +161,17 @@ impl Layout {
             buffer_index: index(&buffers),
             slots,
             buffers,
+            len,
+            buffer_len,
             cast_len,
             cast_slots,
             channels_last,
         })
     }
 
-    /// Elements of all parameters.
+    /// Elements of the flat tensor of parameters, the gaps between them included.
     pub fn len(&self) -> i64 {
-        self.slots.iter().map(|s| s.len).sum()
+        self.len
     }
 
     /// Whether activations and kernels lie with their channels last.
@@ -159,18 +184,18 @@ impl Layout {
         self.slots.is_empty()
     }
 
-    /// Elements of all running statistics.
+    /// Elements of the flat tensor of running statistics, gaps included.
     pub fn buffer_len(&self) -> i64 {
-        self.buffers.iter().map(|s| s.len).sum()
+        self.buffer_len
     }
 
-    /// `values` by slot name, in one flat tensor on the processor.
-    fn pack(slots: &[Slot], values: impl Fn(&Slot) -> Vec<f32>) -> Result<Tensor, TchError> {
+    /// `values` by slot name, in one flat tensor of `len` elements on the processor, 0 in the gaps.
+    fn pack(slots: &[Slot], len: i64, values: impl Fn(&Slot) -> Vec<f32>) -> Result<Tensor, TchError> {
         let parts = slots
             .iter()
             .map(|slot| slot.flatten(&Tensor::f_from_slice(&values(slot))?.f_view(slot.shape.as_slice())?))
             .collect::<Result<Vec<_>, TchError>>()?;
-        Tensor::f_cat(&parts, 0)
+        joined(slots, parts, 0, len)
     }
 
     /// The values of each slot of `flat`, row-major in the shape of the weights file.
@@ -181,12 +206,12 @@ impl Layout {
 
     /// A flat parameter tensor from values by name.
     pub(super) fn pack_parameters(&self, values: impl Fn(&str) -> Vec<f32>) -> Result<Tensor, TrainError> {
-        Ok(Self::pack(&self.slots, |slot| values(&slot.name))?)
+        Ok(Self::pack(&self.slots, self.len, |slot| values(&slot.name))?)
     }
 
     /// A flat tensor of running statistics from values by name.
     pub(super) fn pack_buffers(&self, values: impl Fn(&str) -> Vec<f32>) -> Result<Tensor, TrainError> {
-        Ok(Self::pack(&self.buffers, |slot| values(&slot.name))?)
+        Ok(Self::pack(&self.buffers, self.buffer_len, |slot| values(&slot.name))?)
     }
 
     /// The parameters in `flat`, in the order of [`Layout::slots`].
@@ -247,7 +272,7 @@ pub struct Piece {
     pub values: Tensor,
 }
 
-/// A gradient by all parameters, in pieces that cover the flat tensor: one on a GPU, where each operation has its price,
+/// A gradient by all parameters, in pieces that cover them in the flat tensor: one on a GPU, where each operation has its price,
 /// one a parameter on the processor, where each copy has.
 pub struct Gradient(pub Vec<Piece>);
 
@@ -287,13 +312,17 @@ impl Gradient {
         Ok(Self(moved.collect::<Result<_, TchError>>()?))
     }
 
-    /// In one flat tensor.
+    /// In one flat tensor of `len` elements, 0 where no piece is.
     ///
     /// # Errors
     /// No room on the device.
-    pub fn flat(&self) -> Result<Tensor, TrainError> {
-        let parts: Vec<&Tensor> = self.0.iter().map(|p| &p.values).collect();
-        Ok(Tensor::f_cat(&parts, 0)?)
+    pub fn flat(&self, len: i64) -> Result<Tensor, TrainError> {
+        let device = self.0.first().map_or(Device::Cpu, |p| p.values.device());
+        let flat = Tensor::f_zeros([len], (Kind::Float, device))?;
+        for piece in &self.0 {
+            flat.f_narrow(0, piece.offset, piece.values.size1()?)?.f_copy_(&piece.values)?;
+        }
+        Ok(flat)
     }
 }
 
@@ -399,12 +428,11 @@ impl Replica {
                 });
                 return Ok(Gradient(pieces.collect::<Result<_, TchError>>()?));
             }
-            let (cast, kept) = parts.split_at(layout.cast_slots);
-            let flat = if cast.first().is_some_and(|t| t.kind() == Kind::Float) {
-                Tensor::f_cat(&parts, 0)?
-            } else {
-                Tensor::f_cat(&[Tensor::f_cat(cast, 0)?.f_to_kind(Kind::Float)?, Tensor::f_cat(kept, 0)?], 0)?
-            };
+            let mut cast = parts;
+            let kept = cast.split_off(layout.cast_slots);
+            let (cast_slots, kept_slots) = layout.slots.split_at(layout.cast_slots);
+            let cast = joined(cast_slots, cast, 0, layout.cast_len)?.f_to_kind(Kind::Float)?;
+            let flat = Tensor::f_cat(&[cast, joined(kept_slots, kept, layout.cast_len, layout.len)?], 0)?;
             Ok(Gradient(vec![Piece { offset: 0, values: flat }]))
         })
     }
@@ -673,7 +701,7 @@ mod tests {
                 let pass = Pass { stem_by_phases, ..net.pass(&layout, &leaves, true) };
                 let logits = pass.logits(&input(input_dhw)).unwrap().0;
                 let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
-                let flat = net.gradient(&layout, &loss, &leaves).unwrap().flat().unwrap();
+                let flat = net.gradient(&layout, &loss, &leaves).unwrap().flat(layout.len()).unwrap();
                 let stem = &layout.slots[layout.index["stem.0.weight"]];
                 (logits, flat.narrow(0, stem.offset, stem.len))
             };
@@ -682,6 +710,23 @@ mod tests {
             let far = (&gradient - &gradient2).abs().max().double_value(&[]);
             let largest = gradient.abs().max().double_value(&[]);
             assert!(largest > 0.0 && far < 1e-3 * largest, "{far} of {largest}");
+        }
+    }
+
+    #[test]
+    fn every_tensor_is_aligned_for_matrix_units() {
+        for architecture in variants() {
+            for channels_last in [false, true] {
+                let layout =
+                    Layout::new(&Architecture { base_width: 16, ..architecture.clone() }, channels_last).unwrap();
+                assert!(layout.slots.iter().all(|s| s.offset % ALIGNED == 0));
+                let mut end = 0;
+                for slot in &layout.slots {
+                    assert!(slot.offset >= end && slot.offset - end < ALIGNED, "{}", slot.name);
+                    end = slot.offset + slot.len;
+                }
+                assert!(end <= layout.len());
+            }
         }
     }
 
@@ -704,7 +749,7 @@ mod tests {
             let leaves = net.leaves(&layout, Precision::Fp32).unwrap();
             let logits = net.forward(&layout, &leaves, &input(small().input_dhw), true).unwrap();
             let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
-            let flat = net.gradient(&layout, &loss, &leaves).unwrap().flat().unwrap();
+            let flat = net.gradient(&layout, &loss, &leaves).unwrap().flat(layout.len()).unwrap();
             layout.unpack_parameters(&flat).unwrap().concat()
         };
         let (a, b) = (gradient(false), gradient(true));
@@ -724,7 +769,7 @@ mod tests {
             let leaves = net.leaves(&layout, precision).unwrap();
             let logits = net.forward(&layout, &leaves, &input(even.input_dhw), true).unwrap();
             let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
-            net.gradient(&layout, &loss, &leaves).unwrap().flat().unwrap()
+            net.gradient(&layout, &loss, &leaves).unwrap().flat(layout.len()).unwrap()
         };
         let (a, b) = (gradient(Precision::Fp32), gradient(Precision::Bf16));
         let cosine = (a.dot(&b) / (a.norm() * b.norm())).double_value(&[]);

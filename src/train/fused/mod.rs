@@ -239,7 +239,7 @@ impl Fused {
                 let loss = logits.f_cross_entropy_loss(&target, None::<Tensor>, Reduction::Mean, -100, 0.0)?;
                 (replica.gradient(&layout, &loss, &leaves)?, loss)
             };
-            Ok((gradient.flat()?.f_to_device(Device::Cpu)?, loss.f_detach()?, replica.buffers))
+            Ok((gradient.flat(layout.len())?.f_to_device(Device::Cpu)?, loss.f_detach()?, replica.buffers))
         };
         let ((g1, l1, s1), (g2, l2, s2)) = (run(false)?, run(true)?);
         let number = |t: Tensor| t.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?.f_double_value(&[]);
@@ -802,13 +802,13 @@ mod tests {
                 let leaves = plain.leaves(&layout, Precision::Fp32).unwrap();
                 let logits = plain.forward(&layout, &leaves, &x, true).unwrap();
                 let loss = logits.cross_entropy_for_logits(&target);
-                let wanted = plain.gradient(&layout, &loss, &leaves).unwrap().flat().unwrap();
+                let wanted = plain.gradient(&layout, &loss, &leaves).unwrap().flat(layout.len()).unwrap();
                 let other = Replica::of_weights(&layout, Device::Cpu, &weights).unwrap();
                 let leaves = other.leaves(&layout, Precision::Fp32).unwrap();
                 let step = fused.step(&layout, &other, &leaves, &x, &target, 1.0).unwrap();
                 assert!((step.loss.double_value(&[]) - loss.double_value(&[])).abs() < 1e-5);
                 assert!((step.logits - logits).abs().max().double_value(&[]) < 1e-4);
-                let found = step.gradient.flat().unwrap();
+                let found = step.gradient.flat(layout.len()).unwrap();
                 for slot in &layout.slots {
                     let (a, b) = (wanted.narrow(0, slot.offset, slot.len), found.narrow(0, slot.offset, slot.len));
                     let far = (&a - &b).abs().max().double_value(&[]);
