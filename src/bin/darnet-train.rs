@@ -35,6 +35,12 @@ enum Command {
     /// Time training steps
     #[cfg(feature = "trainer")]
     Bench(Box<train::commands_fit::BenchArgs>),
+    /// Activation maps against lesion masks: pointing game, energy inside, Dice, the figure
+    Cam(train::commands_judge::CamArgs),
+    /// Temperature, alert thresholds and likeness to the training data of a model
+    Calibrate(Box<train::commands_judge::CalibrateArgs>),
+    /// Accuracy and distance score of a model on phantoms unlike its training data
+    Shift(train::commands_judge::ShiftArgs),
     /// Tables from files of predictions (`validation.csv` of runs), one row a file
     Tables {
         /// Files of predictions
@@ -81,6 +87,9 @@ fn main() -> ExitCode {
         Command::Import(args) => train::commands_fit::import(&args),
         #[cfg(feature = "trainer")]
         Command::Bench(args) => train::commands_fit::bench(&args),
+        Command::Cam(args) => train::commands_judge::cam(&args),
+        Command::Calibrate(args) => train::commands_judge::calibrate(&args),
+        Command::Shift(args) => train::commands_judge::shift(&args),
         Command::Tables { predictions, out } => tables(&predictions, &out),
     };
     match result {

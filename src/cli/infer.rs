@@ -7,9 +7,8 @@ use darnet::engine::prepare;
 use darnet::explain::{CamGeometry, RenderOptions, SeriesToExplain, class_activation_map, explain_series, write_cam};
 use darnet::model::Model;
 use darnet::pipeline::offline::{Judgement, judge_paths};
-use darnet::pipeline::publish::{calibration, complete, model_info};
+use darnet::pipeline::publish::{Completion, complete, model_info};
 use darnet::pipeline::{judge, workers::Judge};
-use darnet::report::calibration::Calibration;
 use darnet::report::outcome::{CamInfo, InferDocument, LatencyMs, Outcome, SeriesReport};
 use darnet::telemetry::StudyHasher;
 use darnet::volume::geometry::GeometryLimits;
@@ -18,7 +17,7 @@ use super::{Ended, InferArgs, modelcmd, print_json, progress_bar};
 
 struct Files<'a> {
     model: &'a Model,
-    calibration: Calibration,
+    completion: Completion,
     judge: Judge,
     cam_class: Option<usize>,
     out: Option<&'a Path>,
@@ -40,7 +39,7 @@ pub fn infer(args: &InferArgs) -> anyhow::Result<Ended> {
         },
     };
     let mut context = Files {
-        calibration: calibration(&model)?,
+        completion: Completion::of(&model)?,
         judge: judge(&model, backend.as_ref())?,
         model: &model,
         cam_class,
@@ -97,7 +96,8 @@ fn report(context: &Files<'_>, judgement: &Judgement) -> anyhow::Result<SeriesRe
         None => None,
     };
     let name = context.model.manifest.class_keys[class].clone();
-    complete(&mut report, &context.calibration, &judged.judged.lung, name, file.map(|f| f.display().to_string()));
+    let file = file.map(|f| f.display().to_string());
+    complete(&mut report, &context.completion, &judged.judged, judgement.in_hu, name, file);
     let j = &judged.judged;
     report.latency_ms = LatencyMs {
         decode,
@@ -192,11 +192,8 @@ fn tensor(context: &mut Files<'_>, file: &Path, hasher: &StudyHasher) -> anyhow:
         written = Some(path.display().to_string());
     }
     report.quality.push("a prepared tensor: preprocessing and its checks were skipped".to_owned());
-    report.calibrated = context
-        .calibration
-        .is_fitted()
-        .then(|| report.logits.as_deref().map(|logits| context.calibration.apply(logits)))
-        .flatten();
+    // Whoever prepared the tensor knows what its grey values mean.
+    context.completion.judge(&mut report, &inference.pooled, false);
     report.cam = Some(CamInfo { class: context.model.manifest.class_keys[class].clone(), file: written });
     report.latency_ms.infer = Some(infer_s * 1e3);
     report.latency_ms.explain = Some(cam_s * 1e3);
@@ -214,6 +211,15 @@ fn print_text(document: &InferDocument) {
                 println!("  predicted {}", series.predicted.as_deref().unwrap_or("?"));
                 for (class, score) in scores {
                     println!("  {class:<12} {score:.4}");
+                }
+                if let Some(calibrated) = &series.calibrated {
+                    let text: Vec<String> = calibrated.iter().map(|(class, p)| format!("{class} {p:.4}")).collect();
+                    println!("  calibrated {}", text.join(", "));
+                }
+                if let Some(ood) = &series.ood {
+                    let score = ood.score.map_or("unknown".to_owned(), |s| format!("{s:.2} of the limit"));
+                    let word = if ood.flag { "FLAGGED" } else { "not flagged" };
+                    println!("  distance from the training data {score}, {word}");
                 }
                 for note in &series.quality {
                     println!("  note: {note}");

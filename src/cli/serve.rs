@@ -42,6 +42,9 @@ pub fn check_config(args: &CheckConfigArgs) -> anyhow::Result<Ended> {
             if let Err(error) = darnet::engine::prepare(config.model.backend, &model, &options) {
                 faults.push(format!("model.backend: {error}"));
             }
+            if let Err(error) = darnet::pipeline::publish::calibration(&model) {
+                faults.push(format!("model.path: {error}"));
+            }
         }
         Err(error) => faults.push(format!("model.path: {error}")),
     }

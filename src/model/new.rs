@@ -75,6 +75,10 @@ impl Model {
         let mut manifest = self.manifest.clone();
         let bytes = self.weights.to_safetensors();
         manifest.weights_sha256 = sha256_hex(&bytes);
+        // A calibration is bound to the file of weights it was fitted for, and this may be another one of the same values.
+        if manifest.weights_sha256 != self.sha256 {
+            manifest.calibration = None;
+        }
         fs::create_dir_all(dir).map_err(|source| ModelError::Io {
             action: "create",
             path: dir.to_path_buf(),

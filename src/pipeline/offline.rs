@@ -52,6 +52,8 @@ pub struct Judgement {
     pub result: Result<Box<JudgedSeries>, Refusal>,
     /// Objects (files, or slices of a NIfTI file).
     pub slices: usize,
+    /// Whether it is in HU; pictures are taken as windowed like the network's input.
+    pub in_hu: bool,
     /// What a reader of the result should know.
     pub notes: Vec<String>,
     /// Seconds of reading and decoding.
@@ -193,7 +195,8 @@ fn judge_source(series: StudyHash, source: &Source, judge: &mut Judge, limits: &
             (judge_scan(judge, scan), notes)
         }
     };
-    Judgement { series, result, slices, notes, decode_s, resample_s: started.elapsed().as_secs_f64() }
+    let in_hu = !matches!(source, Source::Pictures(_));
+    Judgement { series, result, slices, in_hu, notes, decode_s, resample_s: started.elapsed().as_secs_f64() }
 }
 
 /// A file's slices, ordered; what it says of itself is kept when they make no volume.

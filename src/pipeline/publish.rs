@@ -20,9 +20,10 @@ use crate::config::Config;
 use crate::dicom::header::SliceHeader;
 use crate::explain::{CamGeometry, RenderOptions, SeriesToExplain, explain_series};
 use crate::model::Model;
+use crate::model::manifest::SourceWindow;
 use crate::pipeline::StartError;
 use crate::pipeline::ingest::{Journals, PublishedNote};
-use crate::pipeline::jobs::{Breakdown, Inferred, PublishJob, Published};
+use crate::pipeline::jobs::{Breakdown, Inferred, Judged, PublishJob, Published};
 use crate::report::calibration::Calibration;
 use crate::report::outbox::{Outbox, SystemClock};
 use crate::report::outcome::{
@@ -254,7 +255,7 @@ pub struct Setup {
     store: Store,
     model: ModelInfo,
     backend: &'static str,
-    calibration: Calibration,
+    completion: Completion,
     policy: AlertPolicy,
     preference: Preference,
     results: ResultsConfig,
@@ -285,7 +286,7 @@ impl Setup {
         results_dir: &Path,
         observer: Option<Sender<ResultNotice>>,
     ) -> Result<Self, StartError> {
-        let calibration = calibration(model)?;
+        let completion = Completion::of(model)?;
         let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
         if config.webhook.is_enabled() {
             sinks.push(Box::new(Webhook::new(&config.webhook).map_err(|e| StartError::Sink(e.to_string()))?));
@@ -295,7 +296,7 @@ impl Setup {
             store: store.clone(),
             model: model_info(model),
             backend,
-            calibration,
+            completion,
             policy: config.alert.clone(),
             preference: config.preference.clone(),
             results: config.results.clone(),
@@ -349,7 +350,7 @@ impl Setup {
             store: self.store.handle()?,
             model: self.model,
             backend: self.backend,
-            calibration: self.calibration,
+            completion: self.completion,
             policy: self.policy,
             preference: self.preference,
             webhook: self.webhook,
@@ -374,6 +375,7 @@ pub fn calibration(model: &Model) -> Result<Calibration, StartError> {
         None => Calibration::none(),
     };
     calibration.check_model(&model.manifest.id, &model.sha256)?;
+    calibration.check_features(model.manifest.architecture.feature_shape_cdhw()[0])?;
     Ok(calibration)
 }
 
@@ -407,7 +409,7 @@ pub struct Publisher {
     store: StoreHandle,
     model: ModelInfo,
     backend: &'static str,
-    calibration: Calibration,
+    completion: Completion,
     policy: AlertPolicy,
     preference: Preference,
     webhook: WebhookConfig,
@@ -567,8 +569,9 @@ impl Publisher {
         if let Ok(inferred) = &job.result {
             complete(
                 &mut report,
-                &self.calibration,
-                &inferred.judged.lung,
+                &self.completion,
+                &inferred.judged,
+                true,
                 self.class_keys.get(inferred.judged.cam.class).cloned().unwrap_or_default(),
                 Some("cam.safetensors".to_owned()),
             );
@@ -579,7 +582,10 @@ impl Publisher {
                 explain: Some(inferred.judged.cam_s * 1e3),
             };
         }
-        report
+        self.policy.admit(report).unwrap_or_else(|(refused, refusal)| {
+            job.result = Err(refusal);
+            refused
+        })
     }
 
     /// Commits, once. A revision that the store has already for the same slices is taken over, not repeated.
@@ -603,7 +609,7 @@ impl Publisher {
             job.result.as_ref().ok().and_then(|i| i.judged.ran_on).unwrap_or(self.backend),
             job.cause.as_str(),
             // Decided anew when it is known whether the result is live.
-            self.policy.decide(report, &self.calibration, false),
+            self.policy.decide(report, &self.completion.calibration, false),
             ResultLatency {
                 last_slice_to_alert_ms: Some(job.timing.last_pdata_at.elapsed().as_secs_f64() * 1e3),
                 completion_wait_ms: Some(completion_wait.as_secs_f64() * 1e3),
@@ -628,7 +634,7 @@ impl Publisher {
         };
         let judgement = Judgement {
             policy: &self.policy,
-            calibration: &self.calibration,
+            calibration: &self.completion.calibration,
             model: &self.model,
             webhook: &self.webhook,
         };
@@ -676,17 +682,49 @@ fn raised(study: &StudyHash, alert: &Decision) {
 /// Metric labels of the classes.
 const CLASS_LABELS: [&str; 3] = crate::model::manifest::CLASS_KEYS;
 
+/// What a model's answers are completed with.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    /// Temperature, thresholds, reference features.
+    pub calibration: Calibration,
+    /// Whether the model was trained on pictures of an unknown window.
+    pub unknown_window: bool,
+}
+
+impl Completion {
+    /// Those of `model`, checked to be its own.
+    ///
+    /// # Errors
+    /// As [`calibration`].
+    pub fn of(model: &Model) -> Result<Self, StartError> {
+        let unknown_window = model.manifest.source_window == SourceWindow::Unknown;
+        Ok(Self { calibration: calibration(model)?, unknown_window })
+    }
+
+    /// Adds the calibrated probabilities and the likeness to the training data to a result. `in_hu`: whether the scan
+    /// came in HU, as from a scanner, and not as pictures.
+    pub fn judge(&self, report: &mut SeriesReport, pooled: &[f32], in_hu: bool) {
+        let fitted = self.calibration.is_fitted();
+        report.calibrated =
+            fitted.then(|| report.logits.as_deref().map(|logits| self.calibration.apply(logits))).flatten();
+        report.ood = self.calibration.ood(pooled, self.unknown_window && in_hu);
+        if let Some(why) = report.ood.as_ref().and_then(|o| o.why.as_deref()) {
+            report.quality.push(format!("unlike the training data: {why}"));
+        }
+    }
+}
+
 /// Adds what calibration, lung check and map say to a result.
 pub fn complete(
     report: &mut SeriesReport,
-    calibration: &Calibration,
-    lung: &LungReport,
+    completion: &Completion,
+    judged: &Judged,
+    in_hu: bool,
     cam_class: String,
     cam_file: Option<String>,
 ) {
-    report.quality.extend(lung_notes(lung));
-    report.calibrated =
-        calibration.is_fitted().then(|| report.logits.as_deref().map(|logits| calibration.apply(logits))).flatten();
+    report.quality.extend(lung_notes(&judged.lung));
+    completion.judge(report, &judged.inference.pooled, in_hu);
     report.cam = Some(CamInfo { class: cam_class, file: cam_file });
 }
 

@@ -1,13 +1,18 @@
-//! `calibration/*.toml`: how a model's logits become probabilities, and above which probability a class alerts.
+//! `calibration/*.toml`: how a model's logits become probabilities, above which probability a class alerts, and how
+//! unlike the training data a scan is.
 //!
-//! Temperature scaling: p = softmax(logits / T) (Guo et al., "On Calibration of Modern Neural Networks", 2017). A
-//! calibration belongs to one model and one set of weights; only one fitted on nothing may be for `any`.
+//! Temperature scaling: p = softmax(logits / T) (Guo et al., "On Calibration of Modern Neural Networks", 2017). The
+//! likeness is the Mahalanobis distance of the pooled features from the nearest class mean, under one covariance for all
+//! classes (Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples", 2018). A calibration
+//! belongs to one model and one set of weights; only one fitted on nothing may be for `any`.
+//!
+//! Deliberately absent: the fit (the trainer's), what is done about a scan that is unlike (see [`super::policy`]).
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::outcome::{ClassScores, class_scores, softmax};
+use super::outcome::{ClassScores, Ood, class_scores, softmax};
 use crate::model::manifest::CLASS_KEYS;
 
 /// Schema of the file.
@@ -19,35 +24,142 @@ pub const ANY: &str = "any";
 /// `fitted_on` of a calibration without data.
 pub const NOTHING: &str = "nothing";
 
+/// Why a scan is flagged.
+pub const FAR: &str = "its features are further from the training data than those of scans of the same kind";
+/// Why every scan in HU is flagged.
+pub const UNKNOWN_WINDOW: &str = "the model was trained on pictures of an unknown window, and this scan is in HU";
+
 /// Temperatures outside this range are faults of a fit.
 const TEMPERATURE_RANGE: std::ops::RangeInclusive<f64> = 0.01..=100.0;
 
-/// Largest file, bytes: a covariance of 512 x 512 numbers of 25 characters is 6.6 MB.
-pub const MAX_CALIBRATION_BYTES: usize = 8 << 20;
+/// Largest file, bytes: 512 features have a triangle of 131,328 numbers, 0.7 MB as base64; `model` reads no more either.
+pub const MAX_CALIBRATION_BYTES: usize = 1 << 20;
 
 /// When a class alerts, and how that was chosen.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Threshold {
     /// The class alerts at this calibrated probability or above it.
     pub alert: f64,
     /// The sensitivity it was chosen for.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wanted_sensitivity: Option<f64>,
     /// 95 % interval of the sensitivity on the data it was chosen on.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sensitivity_interval_95: Option<[f64; 2]>,
+    /// The sensitivity itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<f64>,
+    /// The specificity there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub specificity: Option<f64>,
+    /// 95 % interval of the specificity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub specificity_interval_95: Option<[f64; 2]>,
+    /// 95 % interval of the threshold itself, by resampling patients.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alert_interval_95: Option<[f64; 2]>,
 }
 
-/// Reference data for the likeness to the training data: of the pooled features. Kept, not used yet.
+/// Numbers as base64 of little-endian f32, so that a covariance of 512 features fits into a text of 0.7 MB.
+mod packed {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD;
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub fn serialize<S: Serializer>(values: &[f32], to: S) -> Result<S::Ok, S::Error> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        to.serialize_str(&STANDARD.encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<f32>, D::Error> {
+        let bytes = STANDARD.decode(String::deserialize(from)?).map_err(D::Error::custom)?;
+        let (values, rest) = bytes.as_chunks::<4>();
+        if !rest.is_empty() {
+            return Err(D::Error::custom("expected whole 32-bit numbers"));
+        }
+        Ok(values.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    }
+}
+
+/// Most features of a reference: those of the full network.
+pub const MAX_FEATURES: usize = 512;
+
+/// Pooled features of the data a model was made for. The distance of features `f` from class mean `m` is
+/// `|whitening (f - m)|`; the score is the smallest of them over the classes, divided by `limit`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OodReference {
-    /// Mean of the features.
-    pub mean: Vec<f64>,
-    /// Their covariance, row-major.
-    #[serde(default)]
-    pub covariance: Option<Vec<f64>>,
+    /// Features.
+    pub features: usize,
+    /// Scans that means and covariance are of.
+    pub scans: usize,
+    /// Share of the identity in the covariance (Ledoit and Wolf).
+    pub shrinkage: f64,
+    /// Distance beyond which a scan is flagged.
+    pub limit: f64,
+    /// Share of held-out scans of the same kind within it.
+    pub quantile: f64,
+    /// Scans the limit was chosen on.
+    pub limit_scans: usize,
+    /// Means by class, row-major classes x features.
+    #[serde(with = "packed")]
+    pub means: Vec<f32>,
+    /// Inverse of the covariance's lower Cholesky factor, itself lower triangular: row after row up to the diagonal.
+    #[serde(with = "packed")]
+    pub whitening: Vec<f32>,
+}
+
+impl OodReference {
+    /// How far `pooled` is, 1 being the limit; `None` for another number of features, or one that is not finite.
+    pub fn score(&self, pooled: &[f32]) -> Option<f64> {
+        if pooled.len() != self.features {
+            return None;
+        }
+        let square = |mean: &[f32]| {
+            let apart: Vec<f64> = pooled.iter().zip(mean).map(|(f, m)| f64::from(*f) - f64::from(*m)).collect();
+            let mut at = 0;
+            let mut sum = 0.0;
+            for row in 1..=self.features {
+                let weights = &self.whitening[at..at + row];
+                let dot: f64 = weights.iter().zip(&apart).map(|(w, a)| f64::from(*w) * a).sum();
+                sum += dot * dot;
+                at += row;
+            }
+            sum
+        };
+        let least = self.means.chunks_exact(self.features).map(square).fold(f64::INFINITY, f64::min);
+        let score = least.sqrt() / self.limit;
+        score.is_finite().then_some(score)
+    }
+
+    fn faults(&self) -> Vec<String> {
+        let n = self.features;
+        if !(1..=MAX_FEATURES).contains(&n) {
+            return vec![format!("ood.features: expected 1 to {MAX_FEATURES}, got {n}")];
+        }
+        let mut faults = Vec::new();
+        let mut check = |ok: bool, fault: String| {
+            if !ok {
+                faults.push(fault);
+            }
+        };
+        let finite = |v: &[f32]| v.iter().all(|x| x.is_finite());
+        let classes = CLASS_KEYS.len();
+        check(
+            self.means.len() == classes * n && finite(&self.means),
+            format!("ood.means: expected {classes} x {n} finite numbers"),
+        );
+        let triangle = n * (n + 1) / 2;
+        check(
+            self.whitening.len() == triangle && finite(&self.whitening),
+            format!("ood.whitening: expected {triangle} finite numbers"),
+        );
+        check(self.limit > 0.0 && self.limit.is_finite(), "ood.limit: expected more than 0".into());
+        check((0.0..=1.0).contains(&self.quantile), "ood.quantile: expected 0 to 1".into());
+        check((0.0..=1.0).contains(&self.shrinkage), "ood.shrinkage: expected 0 to 1".into());
+        faults
+    }
 }
 
 /// A calibration.
@@ -68,8 +180,12 @@ pub struct Calibration {
     /// Thresholds by class key.
     #[serde(default)]
     pub thresholds: BTreeMap<String, Threshold>,
+    /// Expected calibration error on the data it was fitted on: before, and after on scans that the temperature was not
+    /// fitted on (each half of the patients by the other's).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_calibration_error: Option<[f64; 2]>,
     /// Reference features.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ood: Option<OodReference>,
 }
 
@@ -89,7 +205,7 @@ pub enum CalibrationError {
     /// It was fitted for something else.
     #[error("use the calibration: fitted for another {what} than the loaded model; fit it again")]
     OtherModel {
-        /// What differs: `model` or `weights`.
+        /// What differs: `model`, `weights` or `features`.
         what: &'static str,
     },
 }
@@ -104,6 +220,7 @@ impl Calibration {
             fitted_on: NOTHING.into(),
             temperature: 1.0,
             thresholds: BTreeMap::new(),
+            expected_calibration_error: None,
             ood: None,
         }
     }
@@ -145,21 +262,25 @@ impl Calibration {
             let key = format!("thresholds.{class}");
             check(CLASS_KEYS.contains(&class.as_str()), format!("{key}: no such class"));
             check(share(t.alert), format!("{key}.alert: expected 0 to 1, got {}", t.alert));
-            check(t.wanted_sensitivity.is_none_or(share), format!("{key}.wanted_sensitivity: expected 0 to 1"));
-            check(
-                t.sensitivity_interval_95.is_none_or(|[a, b]| share(a) && share(b) && a <= b),
-                format!("{key}.sensitivity_interval_95: expected two rising numbers in 0 to 1"),
-            );
+            for (name, value) in [
+                ("wanted_sensitivity", t.wanted_sensitivity),
+                ("sensitivity", t.sensitivity),
+                ("specificity", t.specificity),
+            ] {
+                check(value.is_none_or(share), format!("{key}.{name}: expected 0 to 1"));
+            }
+            for (name, value) in [
+                ("sensitivity_interval_95", t.sensitivity_interval_95),
+                ("specificity_interval_95", t.specificity_interval_95),
+                ("alert_interval_95", t.alert_interval_95),
+            ] {
+                check(
+                    value.is_none_or(|[a, b]| share(a) && share(b) && a <= b),
+                    format!("{key}.{name}: expected two rising numbers in 0 to 1"),
+                );
+            }
         }
-        if let Some(ood) = &self.ood {
-            let finite = |v: &[f64]| v.iter().all(|x| x.is_finite());
-            check(!ood.mean.is_empty() && finite(&ood.mean), "ood.mean: expected finite numbers".into());
-            let n = ood.mean.len();
-            check(
-                ood.covariance.as_deref().is_none_or(|c| c.len() == n * n && finite(c)),
-                format!("ood.covariance: expected {n} x {n} finite numbers"),
-            );
-        }
+        faults.extend(self.ood.iter().flat_map(OodReference::faults));
         faults
     }
 
@@ -172,6 +293,28 @@ impl Calibration {
             return Err(CalibrationError::OtherModel { what: "weights" });
         }
         Ok(())
+    }
+
+    /// Whether the reference features are as many as the model's.
+    pub fn check_features(&self, features: usize) -> Result<(), CalibrationError> {
+        match &self.ood {
+            Some(ood) if ood.features != features => Err(CalibrationError::OtherModel { what: "features" }),
+            _ => Ok(()),
+        }
+    }
+
+    /// How unlike the data the model was made for a scan is; none where nothing is known about that.
+    ///
+    /// `unknown_window`: the model was trained on pictures whose grey values nobody can tell, and the scan is in HU.
+    pub fn ood(&self, pooled: &[f32], unknown_window: bool) -> Option<Ood> {
+        let score = self.ood.as_ref().and_then(|reference| reference.score(pooled));
+        let far = score.is_some_and(|s| s > 1.0);
+        let why = match (far, unknown_window) {
+            (true, _) => Some(FAR),
+            (false, true) => Some(UNKNOWN_WINDOW),
+            (false, false) => None,
+        };
+        (score.is_some() || unknown_window).then(|| Ood { score, flag: why.is_some(), why: why.map(str::to_owned) })
     }
 
     /// Whether data stands behind it. If not, documents show no calibrated probabilities.
@@ -242,14 +385,70 @@ mod tests {
             wanted_sensitivity = -1.0
             sensitivity_interval_95 = [0.9, 0.8]
             [ood]
-            mean = [0.0, 1.0]
-            covariance = [1.0]
+            features = 2
+            scans = 10
+            shrinkage = 0.1
+            limit = 0.0
+            quantile = 0.99
+            limit_scans = 10
+            means = "AAAAAA=="
+            whitening = ""
         "#;
         let Err(CalibrationError::Values(faults)) = Calibration::parse(text) else { panic!() };
-        assert_eq!(faults.len(), 9, "{faults:#?}");
+        assert_eq!(faults.len(), 11, "{faults:#?}");
+        let torn = text.replace("AAAAAA==", "AAAA");
+        assert!(matches!(Calibration::parse(&torn), Err(CalibrationError::Syntax(_))));
         assert!(matches!(Calibration::parse("colour = 1"), Err(CalibrationError::Syntax(_))));
         let nan = DEMO.replace("temperature = 1.0", "temperature = nan");
         assert!(matches!(Calibration::parse(&nan), Err(CalibrationError::Values(_))));
+    }
+
+    /// Means 0, 0; 3, 0; 0, 9. Whitening diag(1, 1/2): the second feature spreads by 2.
+    fn reference() -> OodReference {
+        OodReference {
+            features: 2,
+            scans: 30,
+            shrinkage: 0.0,
+            limit: 2.0,
+            quantile: 0.99,
+            limit_scans: 30,
+            means: vec![0.0, 0.0, 3.0, 0.0, 0.0, 9.0],
+            whitening: vec![1.0, 0.0, 0.5],
+        }
+    }
+
+    #[test]
+    fn the_score_is_the_distance_from_the_nearest_class_in_limits() {
+        let r = reference();
+        assert_eq!(r.score(&[0.0, 4.0]), Some(1.0));
+        assert_eq!(r.score(&[5.0, 0.0]), Some(1.0));
+        assert_eq!(r.score(&[0.0, 8.0]), Some(0.25));
+        assert_eq!(r.score(&[0.0]), None);
+        assert_eq!(r.score(&[f32::NAN, 0.0]), None);
+        let c = Calibration { ood: Some(r), ..Calibration::none() };
+        assert!(!c.ood(&[0.0, 3.0], false).unwrap().flag);
+        assert!(c.ood(&[0.0, 4.5], false).unwrap().flag);
+        let always = c.ood(&[0.0, 3.0], true).unwrap();
+        assert_eq!((always.flag, always.score), (true, Some(0.75)));
+        assert!(Calibration::none().ood(&[0.0], false).is_none());
+        let unknown = Calibration::none().ood(&[0.0], true).unwrap();
+        assert_eq!((unknown.flag, unknown.score), (true, None));
+        assert_eq!(unknown.why.as_deref(), Some(UNKNOWN_WINDOW));
+        c.check_features(2).unwrap();
+        assert_eq!(c.check_features(3), Err(CalibrationError::OtherModel { what: "features" }));
+    }
+
+    #[test]
+    fn a_reference_survives_the_text() {
+        let c = Calibration {
+            model: "m".into(),
+            weights_sha256: "ab".repeat(32),
+            fitted_on: "thirty scans".into(),
+            ood: Some(reference()),
+            ..Calibration::none()
+        };
+        let text = toml::to_string(&c).unwrap();
+        assert_eq!(Calibration::parse(&text).unwrap(), c, "{text}");
     }
 
     #[test]

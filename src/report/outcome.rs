@@ -68,12 +68,15 @@ impl ModelInfo {
 }
 
 /// How unlike the training data a scan is.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ood {
-    /// Larger is less alike.
-    pub score: f64,
+    /// Larger is less alike, 1 is the limit; null where the calibration has no reference features.
+    pub score: Option<f64>,
     /// Whether it is flagged.
     pub flag: bool,
+    /// Why, for people; null without a flag.
+    #[serde(default)]
+    pub why: Option<String>,
 }
 
 /// Where the class activation map is.
@@ -118,7 +121,7 @@ pub struct SeriesReport {
     pub calibrated: Option<ClassScores>,
     /// The class with the highest score.
     pub predicted: Option<String>,
-    /// Likeness to the training data; null without reference data.
+    /// Likeness to the training data; null where nothing is known of it.
     pub ood: Option<Ood>,
     /// Remarks on the scan: constant phrases.
     pub quality: Vec<String>,

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::calibration::Calibration;
 use super::outcome::{DEMO, Outcome, SeriesReport};
 use crate::model::manifest::CLASS_KEYS;
+use crate::volume::refusal::{Reason, Refusal};
 
 /// How much of a hurry there is. Ordered: none < routine < urgent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -34,6 +35,19 @@ impl Level {
     }
 }
 
+/// What is done about a scan that is flagged as unlike the data the model was made for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OodAction {
+    /// The flag is shown with the result, which stands and alerts as any other.
+    #[default]
+    Flag,
+    /// The result stands, with its flag, and alerts nobody.
+    Suppress,
+    /// There is no result, because of `out_of_distribution`.
+    Refuse,
+}
+
 /// When to alert. The `[alert]` table of the configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -46,6 +60,8 @@ pub struct AlertPolicy {
     pub no_result: Level,
     /// Only the live result of a study alerts.
     pub only_live: bool,
+    /// What is done about a scan unlike the training data.
+    pub ood_action: OodAction,
 }
 
 impl Default for AlertPolicy {
@@ -55,6 +71,7 @@ impl Default for AlertPolicy {
             thresholds: BTreeMap::new(),
             no_result: Level::None,
             only_live: true,
+            ood_action: OodAction::Flag,
         }
     }
 }
@@ -124,6 +141,9 @@ impl AlertPolicy {
                 ..Decision::none(format!("no result: {reason}"))
             };
         };
+        if self.ood_action == OodAction::Suppress && report.ood.as_ref().is_some_and(|o| o.flag) {
+            return Decision::none("flagged as unlike the training data, and alert.ood_action is suppress");
+        }
         let mut best: Option<Decision> = None;
         let mut considered = 0;
         for (class, probability) in CLASS_KEYS.iter().zip(calibration.probabilities(logits)) {
@@ -156,6 +176,25 @@ impl AlertPolicy {
     }
 }
 
+impl AlertPolicy {
+    /// The report that goes out instead of `report`: one without a result where the scan is flagged and that is not
+    /// taken. The score and its reason stay in it.
+    pub fn admit(&self, report: SeriesReport) -> Result<SeriesReport, (SeriesReport, Refusal)> {
+        match &report.ood {
+            Some(ood) if ood.flag && self.ood_action == OodAction::Refuse => {
+                let why = ood.why.as_deref().unwrap_or("it is flagged");
+                let refusal = Refusal::new(Reason::OutOfDistribution, format!("{why}; alert.ood_action is refuse"));
+                let mut refused = SeriesReport::no_result(report.series.clone(), &refusal, report.slices);
+                refused.ood.clone_from(&report.ood);
+                refused.quality = report.quality;
+                refused.latency_ms = report.latency_ms;
+                Err((refused, refusal))
+            }
+            _ => Ok(report),
+        }
+    }
+}
+
 /// What kind of receiver a sink speaks to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SinkKind {
@@ -185,8 +224,8 @@ pub fn may_send(intended_use: &str, sink: SinkKind, allow_demo_model: bool) -> b
 
 #[cfg(test)]
 mod tests {
+    use super::super::outcome::Ood;
     use super::*;
-    use crate::volume::refusal::{Reason, Refusal};
 
     /// A report whose uncalibrated scores are `p` (CP, COVID-19, healthy).
     fn report(p: [f32; 3]) -> SeriesReport {
@@ -194,11 +233,7 @@ mod tests {
     }
 
     fn calibration(covid19: f64, cp: f64) -> Calibration {
-        let t = |alert| super::super::calibration::Threshold {
-            alert,
-            wanted_sensitivity: None,
-            sensitivity_interval_95: None,
-        };
+        let t = |alert| super::super::calibration::Threshold { alert, ..Default::default() };
         Calibration {
             thresholds: BTreeMap::from([("covid19".into(), t(covid19)), ("cp".into(), t(cp))]),
             ..Calibration::none()
@@ -294,5 +329,30 @@ mod tests {
             assert!(may_send("triage", kind, false), "{kind:?}");
         }
         assert!(may_send("demo", SinkKind::Webhook, false));
+    }
+
+    #[test]
+    fn a_flagged_scan_is_shown_suppressed_or_refused_as_configured() {
+        let ood = Ood { score: Some(1.5), flag: true, why: Some("far".into()) };
+        let flagged = SeriesReport { ood: Some(ood.clone()), ..report([0.1, 0.8, 0.1]) };
+        let usual = SeriesReport { ood: Some(Ood { score: Some(0.5), flag: false, why: None }), ..flagged.clone() };
+        let c = calibration(0.5, 0.5);
+        let policy = |ood_action| AlertPolicy { ood_action, ..AlertPolicy::default() };
+        for (action, alerts, stands) in
+            [(OodAction::Flag, true, true), (OodAction::Suppress, false, true), (OodAction::Refuse, true, false)]
+        {
+            let policy = policy(action);
+            assert_eq!(policy.decide(&flagged, &c, true).alert, alerts, "{action:?}");
+            assert!(policy.decide(&usual, &c, true).alert);
+            assert_eq!(policy.admit(usual.clone()).unwrap(), usual);
+            match policy.admit(flagged.clone()) {
+                Ok(report) => assert!(stands && report == flagged),
+                Err((report, refusal)) => {
+                    assert!(!stands && refusal.reason == Reason::OutOfDistribution);
+                    assert_eq!((report.outcome, report.ood), (Outcome::NoResult, Some(ood.clone())));
+                    assert!(report.logits.is_none() && report.predicted.is_none());
+                }
+            }
+        }
     }
 }

@@ -3,10 +3,11 @@
 //! Progress goes to stderr, documents to stdout. What is computed lies in the other modules.
 
 use std::collections::HashMap;
+use std::io::{BufRead as _, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
@@ -39,6 +40,12 @@ fn parse_dhw(text: &str) -> Result<[usize; 3], String> {
         Ok(&[d, h, w]) => Ok([d, h, w]),
         _ => Err("expected three numbers D,H,W".to_owned()),
     }
+}
+
+fn parse_share(text: &str) -> Result<(usize, usize), String> {
+    let parts: Option<(usize, usize)> =
+        text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    parts.filter(|(i, n)| i < n).ok_or_else(|| "expected I/N, I from 0 to N - 1".to_owned())
 }
 
 /// The network.
@@ -110,12 +117,18 @@ pub struct DeviceArgs {
     /// TF32 in f32 convolutions on GPUs
     #[arg(long)]
     tf32: bool,
+    /// Time cuDNN's ways of doing each convolution first; costs seconds for every new shape
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    tune: Switch,
     /// Number format
     #[arg(long, value_enum, default_value_t = Precision::Fp32)]
     precision: Precision,
     /// Memory order; channels last by default on GPUs
     #[arg(long, value_enum)]
     channels_last: Option<Switch>,
+    /// Fuse what lies between convolutions, on GPUs
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    fused: Switch,
 }
 
 /// Yes or no.
@@ -129,7 +142,13 @@ pub enum Switch {
 
 impl DeviceArgs {
     fn open(&self) -> anyhow::Result<Vec<Device>> {
-        init(&TorchOptions { threads: self.threads, deterministic: self.deterministic, tf32: self.tf32 })?;
+        init(&TorchOptions {
+            threads: self.threads,
+            deterministic: self.deterministic,
+            tf32: self.tf32,
+            half: self.precision != Precision::Fp32,
+            tune: self.tune == Switch::On,
+        })?;
         Ok(devices(&self.device)?)
     }
 
@@ -192,6 +211,9 @@ pub struct TrainArgs {
     /// Store matrices in half precision
     #[arg(long)]
     half_weights: bool,
+    /// End with the best epoch so far after this time; runs of a plan share it
+    #[arg(long, value_name = "SECONDS")]
+    time_limit: Option<u64>,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -216,6 +238,7 @@ impl TrainArgs {
             },
             precision: self.device.precision,
             channels_last: self.device.channels_last(device),
+            fused: self.device.fused == Switch::On,
         }
     }
 
@@ -230,6 +253,7 @@ impl TrainArgs {
             trained_on: self.trained_on.clone(),
             intended_use: self.intended_use.clone(),
             half_weights: self.half_weights,
+            deadline: self.time_limit.map(|s| Instant::now() + Duration::from_secs(s)),
         }
     }
 
@@ -320,6 +344,7 @@ fn train(
     }
     let epochs = options.epochs;
     let mut on_event = |event: &Event<'_>| match event {
+        Event::Plain(reason) => eprintln!("{what}: steps are not fused: {reason}"),
         Event::Resumed(done, steps) => eprintln!("{what}: goes on after {done} epochs and {steps} steps"),
         Event::Step { epoch, step, steps, loss } => {
             bar.set_length(*steps as u64);
@@ -386,6 +411,10 @@ pub struct AblateArgs {
     /// none, ca, da, both; all by default
     #[arg(long = "variants", value_delimiter = ',')]
     variants: Vec<String>,
+    /// Do share I (from 0) of N of the runs and print no tables, so that N processes share the work; the same command
+    /// without this prints them
+    #[arg(long, value_name = "I/N", value_parser = parse_share)]
+    share: Option<(usize, usize)>,
     /// The plan's folder; a plan that was interrupted goes on there
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -406,14 +435,25 @@ pub fn ablate(args: &AblateArgs) -> anyhow::Result<()> {
     let folds = if args.folds.is_empty() { (0..data.split.folds()).collect() } else { args.folds.clone() };
     let runs = plan::plan(&architecture, &args.variants, &folds, &args.out)?;
     let stop = stop_flag()?;
-    for (i, planned) in runs.iter().enumerate() {
+    let mine = |i: usize| args.share.is_none_or(|(share, of)| i % of == share);
+    let end = args.train.time_limit.map(|s| Instant::now() + Duration::from_secs(s));
+    let mut runs_left = (0..runs.len()).filter(|i| mine(*i)).count() as u32;
+    for (i, planned) in runs.iter().enumerate().filter(|(i, _)| mine(*i)) {
         let what = format!("[{}/{}] {} fold {}", i + 1, runs.len(), planned.variant, planned.fold);
         let options = args.train.options(planned.architecture.clone(), at[0]);
         let initial = args.train.initial(&options.architecture)?;
         let id = format!("{}-fold-{}", planned.variant, planned.fold);
         let mut run = args.train.run(planned.out.clone(), &id, at.clone(), initial.as_ref());
         run.stop = Some(&stop);
+        run.deadline = end.map(|end| {
+            let now = Instant::now();
+            now + end.saturating_duration_since(now) / runs_left
+        });
+        runs_left -= 1;
         train(&data, planned.fold, &options, &run, &what)?;
+    }
+    if args.share.is_some() {
+        return Ok(());
     }
     let tables = plan::tables(&runs, args.train.seed)?;
     write_document(&args.out, &tables)?;
@@ -566,6 +606,9 @@ pub struct BenchArgs {
     /// No augmentation
     #[arg(long)]
     no_augment: bool,
+    /// Time so many steps at each line on stdin and answer with a line, so that another program can be timed in turn
+    #[arg(long)]
+    on_request: bool,
     #[command(flatten)]
     net: NetArgs,
     #[command(flatten)]
@@ -583,32 +626,64 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         batch: args.batch,
         precision: args.device.precision,
         channels_last: args.device.channels_last(at[0]),
+        fused: args.device.fused == Switch::On,
         ..FitOptions::paper(architecture)
     };
-    let mut engine = Engine::new(&options, &at, &initial_weights(&options.architecture, 1))?;
-    let [d, h, w] = args.input.map(|n| n as i64);
-    let volumes = Tensor::f_rand([args.batch as i64, d, h, w], (Kind::Float, Device::Cpu))?.f_to_kind(Kind::Half)?;
-    let labels: Vec<i64> = (0..args.batch as i64).map(|i| i % 3).collect();
-    let augment = AugmentOptions { enabled: !args.no_augment, ..AugmentOptions::default() };
-    let warm = if at[0].is_cuda() { 5 } else { 1 };
-    let mut times_ms = Vec::with_capacity(args.steps);
-    let mut losses = Vec::with_capacity(args.steps);
-    for step in 0..warm + args.steps {
-        let poses: Vec<Pose> = (0..args.batch).map(|i| augment.pose(1, step, i)).collect();
-        let start = Instant::now();
-        let outcome = engine.step(&volumes, &labels, &poses, 1e-3)?;
-        if step >= warm {
-            times_ms.push(start.elapsed().as_secs_f64() * 1e3);
-            losses.push(outcome.loss);
-        }
-    }
-    let mut sorted = times_ms.clone();
-    sorted.sort_by(f64::total_cmp);
-    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
-    let gpu = match at[0] {
+    let in_use = || match at[0] {
         Device::Cuda(index) => gpu_bytes_used(index),
         _ => None,
     };
+    let before = in_use();
+    let mut engine = Engine::new(&options, &at, &initial_weights(&options.architecture, 1))?;
+    if let (true, Some(reason)) = (at[0].is_cuda(), engine.plain_because()) {
+        eprintln!("steps are not fused: {reason}");
+    }
+    let [d, h, w] = args.input.map(|n| n as i64);
+    let mut volumes =
+        Tensor::f_rand([args.batch as i64, d, h, w], (Kind::Float, Device::Cpu))?.f_to_kind(Kind::Half)?;
+    if at[0].is_cuda() {
+        volumes = volumes.f_internal_pin_memory(at[0])?;
+    }
+    let labels: Vec<i64> = (0..args.batch as i64).map(|i| i % 3).collect();
+    let augment = AugmentOptions { enabled: !args.no_augment, ..AugmentOptions::default() };
+    let warm = if at[0].is_cuda() { 5 } else { 1 };
+    let plain_because = engine.plain_because().map(str::to_owned);
+    let mut losses = Vec::new();
+    let mut done = 0;
+    let mut run = |steps: usize| -> anyhow::Result<Vec<f64>> {
+        let mut times_ms = Vec::with_capacity(steps);
+        for _ in 0..steps {
+            let poses: Vec<Pose> = (0..args.batch).map(|i| augment.pose(1, done, i)).collect();
+            let start = Instant::now();
+            let outcome = engine.step(&volumes, &labels, &poses, 1e-3)?;
+            times_ms.push(start.elapsed().as_secs_f64() * 1e3);
+            losses.push(outcome.loss);
+            done += 1;
+        }
+        Ok(times_ms)
+    };
+    run(warm)?;
+    let mut times_ms = Vec::new();
+    if args.on_request {
+        let mut out = std::io::stdout().lock();
+        let gpu = before.zip(in_use()).map(|(before, after)| after.saturating_sub(before));
+        writeln!(out, "{}", serde_json::json!({"ready": true, "gpu_bytes": gpu}))?;
+        out.flush()?;
+        for line in std::io::stdin().lock().lines() {
+            line?;
+            let round = run(args.steps)?;
+            writeln!(out, "{}", serde_json::json!({"steps_ms": round}))?;
+            out.flush()?;
+            times_ms.extend(round);
+        }
+    } else {
+        times_ms = run(args.steps)?;
+    }
+    losses.drain(..warm);
+    let mut sorted = times_ms.clone();
+    sorted.sort_by(f64::total_cmp);
+    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
+    let gpu = before.zip(in_use()).map(|(before, after)| after.saturating_sub(before));
     println!(
         "{}",
         serde_json::json!({
@@ -618,6 +693,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
             "losses": losses,
             "images_per_s": 1e3 * args.batch as f64 / median,
             "gpu_bytes": gpu,
+            "fused": plain_because.is_none(),
             "threads": tch::get_num_threads(),
         })
     );

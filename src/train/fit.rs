@@ -21,6 +21,7 @@ use tch::{Device, Kind, Reduction, Tensor, no_grad};
 
 use super::augment::{self, AugmentOptions, Pose, Recipe};
 use super::checkpoint::{self, Best, CHECKPOINT_FILE, EpochRow, State};
+use super::fused::{Fused, Step};
 use super::loader::{self, Batch};
 use super::metrics::{self, COVID_KEY, Evaluation, Prediction};
 use super::net::{Gradient, Layout, Precision, Replica, initial_weights};
@@ -66,6 +67,13 @@ pub struct FitOptions {
     pub precision: Precision,
     /// Memory order of activations and kernels; the faster one on GPUs.
     pub channels_last: bool,
+    /// Whether GPUs take the fused way between convolutions where they can; another rounding.
+    #[serde(default = "yes")]
+    pub fused: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl FitOptions {
@@ -83,6 +91,7 @@ impl FitOptions {
             augment: AugmentOptions::default(),
             precision: Precision::Fp32,
             channels_last: false,
+            fused: true,
         }
     }
 
@@ -127,6 +136,8 @@ pub struct RunOptions<'a> {
     pub intended_use: String,
     /// Whether matrices are stored in half precision.
     pub half_weights: bool,
+    /// When to end with the best epoch so far instead of doing the epochs that are left; after one epoch at the earliest.
+    pub deadline: Option<Instant>,
 }
 
 /// What happens during a run.
@@ -146,6 +157,8 @@ pub enum Event<'a> {
     },
     /// An epoch was done and validated.
     Epoch(&'a EpochRow),
+    /// Steps on a GPU do not take the fused way, and why.
+    Plain(&'a str),
 }
 
 /// The end of a run, `summary.json`.
@@ -159,6 +172,9 @@ pub struct Summary {
     pub parameters: u64,
     /// The best epoch.
     pub best: Best,
+    /// Epochs that were done; fewer than asked for when the time was up.
+    #[serde(default)]
+    pub epochs_done: usize,
     /// The best model on the validation scans.
     pub validation: Evaluation,
     /// Training time, validation apart, seconds.
@@ -199,6 +215,9 @@ impl<E: Into<TrainError>> From<E> for Fault {
 pub struct Engine {
     layout: Layout,
     replicas: Vec<Replica>,
+    /// One a replica, or none at all.
+    fused: Vec<Fused>,
+    plain_because: Option<String>,
     adam: Adam,
     precision: Precision,
     micro_batch: usize,
@@ -227,14 +246,28 @@ impl Engine {
             .iter()
             .map(|&device| Replica::of_weights(&layout, device, weights))
             .collect::<Result<Vec<_>, TrainError>>()?;
+        let opened = if options.fused {
+            devices.iter().map(|&device| Fused::open(device, &layout, options.precision)).collect()
+        } else {
+            Err("it is turned off".to_owned())
+        };
+        let (fused, plain_because) = match opened {
+            Ok(fused) => (fused, None),
+            Err(reason) => (Vec::new(), Some(reason)),
+        };
         let adam = Adam::new(layout.len(), first)?;
         let share = options.batch.div_ceil(devices.len());
         let micro_batch = if options.micro_batch == 0 { share } else { options.micro_batch.min(share) };
-        Ok(Self { layout, replicas, adam, precision: options.precision, micro_batch })
+        Ok(Self { layout, replicas, fused, plain_because, adam, precision: options.precision, micro_batch })
     }
 
     fn device(&self) -> Device {
         self.replicas[0].device
+    }
+
+    /// Why a step does not take the fused way; none when it does.
+    pub fn plain_because(&self) -> Option<&str> {
+        self.plain_because.as_deref()
     }
 
     /// One step on `volumes` (half or single precision, `N x D x H x W`, on the processor), shown in `poses`.
@@ -269,18 +302,28 @@ impl Engine {
         let chunks: Vec<(usize, usize)> =
             (0..n).step_by(self.micro_batch).map(|at| (at, self.micro_batch.min(n - at))).collect();
         let (layout, precision, devices) = (&self.layout, self.precision, self.replicas.len());
+        let fused = &self.fused;
         // Chunk i goes to device i mod the number of devices; sums are in this order whatever finishes first.
         let work = |replica: &Replica, number: usize, volumes: &Tensor| {
             let mut found: Option<(Gradient, Tensor)> = None;
             for &(at, len) in chunks.iter().skip(number).step_by(devices) {
                 let part = volumes.f_narrow(0, at as i64, len as i64)?;
                 let x = augment::apply(&augment::upload(&part, replica.device)?, &poses[at..at + len])?;
-                let target = Tensor::f_from_slice(&labels[at..at + len])?.f_to_device(replica.device)?;
+                // Without waiting for what the device still does.
+                let target = Tensor::f_from_slice(&labels[at..at + len])?;
+                let target = target.f_to_device_(replica.device, Kind::Int64, true, false)?;
                 let leaves = replica.leaves(layout, precision)?;
-                let logits = replica.forward(layout, &leaves, &x.f_unsqueeze(1)?, true)?;
-                let loss = logits.f_cross_entropy_loss(&target, None::<Tensor>, Reduction::Mean, -100, 0.0)?;
+                let x = x.f_unsqueeze(1)?;
                 let share = len as f64 / n as f64;
-                let gradient = replica.gradient(layout, &loss.f_mul_scalar(share * scale)?, &leaves)?;
+                let Step { gradient, loss, logits } = match fused.get(number) {
+                    Some(fused) => fused.step(layout, replica, &leaves, &x, &target, share * scale)?,
+                    None => {
+                        let logits = replica.forward(layout, &leaves, &x, true)?;
+                        let loss = logits.f_cross_entropy_loss(&target, None::<Tensor>, Reduction::Mean, -100, 0.0)?;
+                        let gradient = replica.gradient(layout, &loss.f_mul_scalar(share * scale)?, &leaves)?;
+                        Step { gradient, loss, logits }
+                    }
+                };
                 let right = logits.f_argmax(-1, false)?.f_eq_tensor(&target)?.f_sum(Kind::Float)?;
                 let numbers = Tensor::f_stack(&[loss.f_detach()?.f_mul_scalar(share)?, right], 0)?;
                 found = Some(match found {
@@ -350,8 +393,13 @@ impl Engine {
         }
         if finite {
             let (head, others) = self.replicas.split_at_mut(1);
-            if !self.adam.step(&head[0].flat, &gradient, learning_rate)? {
-                return Err(Fault::Gradient);
+            match self.fused.first() {
+                Some(fused) => self.adam.fused_step(fused, &head[0].flat, &gradient, learning_rate)?,
+                None => {
+                    if !self.adam.step(&head[0].flat, &gradient, learning_rate)? {
+                        return Err(Fault::Gradient);
+                    }
+                }
             }
             for other in others {
                 no_grad(|| other.flat.f_copy_(&head[0].flat))?;
@@ -474,6 +522,8 @@ pub fn predict_with(
         batch: batch.max(1),
         precision,
         channels_last: device.is_cuda(),
+        // Evaluation has no fused way.
+        fused: false,
         ..FitOptions::paper(model.manifest.architecture.clone())
     };
     let engine = Engine::new(&options, &[device], &model.weights)?;
@@ -589,6 +639,9 @@ pub fn fit(
         best: None,
         steps_csv: String::new(),
     };
+    if let (true, true, Some(reason)) = (options.fused, run.devices[0].is_cuda(), session.engine.plain_because()) {
+        on_event(&Event::Plain(reason));
+    }
     session.resume(on_event)?;
     session.train(on_event)?;
     session.finish()
@@ -683,6 +736,10 @@ impl Session<'_> {
     fn train(&mut self, on_event: &mut dyn FnMut(&Event<'_>)) -> Result<(), TrainError> {
         let mut events = EventFile::create(&self.run.out, self.state.global_steps + 1)?;
         while self.state.epochs < self.options.epochs {
+            let late = self.run.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            if late && self.state.best.is_some() {
+                break;
+            }
             self.epoch(&mut events, on_event)?;
             let rate = self.learning_rate();
             let row = self.validate(rate)?;
@@ -896,6 +953,7 @@ impl Session<'_> {
             run: self.state.run.clone(),
             parameters: self.options.architecture.parameter_count(),
             best,
+            epochs_done: self.state.history.len(),
             validation: evaluation,
             seconds,
             images_per_s: (self.train.len() * self.state.history.len()) as f64 / seconds.max(1e-9),

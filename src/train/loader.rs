@@ -47,7 +47,7 @@ pub fn load(data: &dyn Dataset, indices: &[usize], device: Device) -> Result<Bat
     }
     let mut volumes = Tensor::f_from_slice(&values)?.f_view([indices.len() as i64, d, h, w])?;
     if device.is_cuda() {
-        volumes = volumes.f_pin_memory(device)?;
+        volumes = volumes.f_internal_pin_memory(device)?;
     }
     let labels = indices.iter().map(|&i| data.class(i) as i64).collect();
     Ok(Batch { indices: indices.to_vec(), volumes, labels })

@@ -25,10 +25,14 @@ use crate::model::manifest::SourceWindow;
 use crate::model::{ModelError, Preprocessing};
 
 pub mod cache;
+pub mod calibrate;
+pub mod cam;
 pub mod commands_data;
+pub mod commands_judge;
 pub mod contact;
 pub mod error;
 pub mod import;
+pub mod judge;
 pub(crate) mod layout;
 mod map;
 pub mod metrics;
@@ -36,6 +40,7 @@ pub mod pickle;
 pub mod plot;
 pub mod prepare;
 pub mod report;
+pub mod shift;
 pub mod sources;
 pub mod split;
 
@@ -55,6 +60,8 @@ pub mod commands_fit;
 pub mod evaluate;
 #[cfg(feature = "trainer")]
 pub mod fit;
+#[cfg(feature = "trainer")]
+pub mod fused;
 #[cfg(feature = "trainer")]
 pub mod loader;
 #[cfg(feature = "trainer")]

@@ -11,6 +11,7 @@
 //! Deliberately absent: inference at the scanner (see `engine`), and libtorch's own modules and autocast, which hide
 //! memory order and casts.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 
 use tch::{Device, Kind, TchError, Tensor, no_grad};
@@ -80,6 +81,27 @@ impl Slot {
     }
 }
 
+/// Every tensor begins at a multiple of so many elements of its flat one, 128 bytes in half precision. cuDNN has no kernel
+/// with matrix units for a convolution whose kernel lies at less than 16 bytes' alignment, and attention has biases of
+/// a single element.
+pub const ALIGNED: i64 = 64;
+
+/// `parts` at the places of `slots` in a flat tensor that stands for the elements from `from` to `to`, 0 in the gaps.
+fn joined(slots: &[Slot], parts: Vec<Tensor>, from: i64, to: i64) -> Result<Tensor, TchError> {
+    let Some(first) = parts.first() else { return Tensor::f_zeros([to - from], (Kind::Float, Device::Cpu)) };
+    let gap = Tensor::f_zeros([ALIGNED], (first.kind(), first.device()))?;
+    let mut all = Vec::with_capacity(2 * parts.len());
+    let ends = slots.iter().skip(1).map(|s| s.offset).chain([to]);
+    for ((slot, part), end) in slots.iter().zip(parts).zip(ends) {
+        let rest = end - slot.offset - slot.len;
+        all.push(part);
+        if rest > 0 {
+            all.push(gap.f_narrow(0, 0, rest)?);
+        }
+    }
+    Tensor::f_cat(&all, 0)
+}
+
 /// Where everything lies.
 #[derive(Debug)]
 pub struct Layout {
@@ -89,9 +111,11 @@ pub struct Layout {
     pub slots: Vec<Slot>,
     /// Running statistics.
     pub buffers: Vec<Slot>,
-    index: HashMap<String, usize>,
+    pub(super) index: HashMap<String, usize>,
     buffer_index: HashMap<String, usize>,
-    /// Elements of the parameters that may be cast.
+    /// Elements of all parameters and running statistics, and of the parameters that may be cast, gaps included.
+    len: i64,
+    buffer_len: i64,
     cast_len: i64,
     /// Of `slots`, how many may be cast.
     cast_slots: usize,
@@ -121,15 +145,15 @@ impl Layout {
         let place = |slots: &mut [Slot]| {
             slots.iter_mut().fold(0, |at, slot| {
                 slot.offset = at;
-                at + slot.len
+                (at + slot.len + ALIGNED - 1) / ALIGNED * ALIGNED
             })
         };
         let cast_len = place(&mut cast);
         let cast_slots = cast.len();
         let mut slots = cast;
         slots.append(&mut kept);
-        place(&mut slots);
-        place(&mut buffers);
+        let len = place(&mut slots);
+        let buffer_len = place(&mut buffers);
         let index = |slots: &[Slot]| slots.iter().enumerate().map(|(i, s)| (s.name.clone(), i)).collect();
         Ok(Self {
             architecture: architecture.clone(),
@@ -137,15 +161,22 @@ impl Layout {
             buffer_index: index(&buffers),
             slots,
             buffers,
+            len,
+            buffer_len,
             cast_len,
             cast_slots,
             channels_last,
         })
     }
 
-    /// Elements of all parameters.
+    /// Elements of the flat tensor of parameters, the gaps between them included.
     pub fn len(&self) -> i64 {
-        self.slots.iter().map(|s| s.len).sum()
+        self.len
+    }
+
+    /// Whether activations and kernels lie with their channels last.
+    pub fn channels_last(&self) -> bool {
+        self.channels_last
     }
 
     /// Whether there are none; never.
@@ -153,18 +184,18 @@ impl Layout {
         self.slots.is_empty()
     }
 
-    /// Elements of all running statistics.
+    /// Elements of the flat tensor of running statistics, gaps included.
     pub fn buffer_len(&self) -> i64 {
-        self.buffers.iter().map(|s| s.len).sum()
+        self.buffer_len
     }
 
-    /// `values` by slot name, in one flat tensor on the processor.
-    fn pack(slots: &[Slot], values: impl Fn(&Slot) -> Vec<f32>) -> Result<Tensor, TchError> {
+    /// `values` by slot name, in one flat tensor of `len` elements on the processor, 0 in the gaps.
+    fn pack(slots: &[Slot], len: i64, values: impl Fn(&Slot) -> Vec<f32>) -> Result<Tensor, TchError> {
         let parts = slots
             .iter()
             .map(|slot| slot.flatten(&Tensor::f_from_slice(&values(slot))?.f_view(slot.shape.as_slice())?))
             .collect::<Result<Vec<_>, TchError>>()?;
-        Tensor::f_cat(&parts, 0)
+        joined(slots, parts, 0, len)
     }
 
     /// The values of each slot of `flat`, row-major in the shape of the weights file.
@@ -175,12 +206,12 @@ impl Layout {
 
     /// A flat parameter tensor from values by name.
     pub(super) fn pack_parameters(&self, values: impl Fn(&str) -> Vec<f32>) -> Result<Tensor, TrainError> {
-        Ok(Self::pack(&self.slots, |slot| values(&slot.name))?)
+        Ok(Self::pack(&self.slots, self.len, |slot| values(&slot.name))?)
     }
 
     /// A flat tensor of running statistics from values by name.
     pub(super) fn pack_buffers(&self, values: impl Fn(&str) -> Vec<f32>) -> Result<Tensor, TrainError> {
-        Ok(Self::pack(&self.buffers, |slot| values(&slot.name))?)
+        Ok(Self::pack(&self.buffers, self.buffer_len, |slot| values(&slot.name))?)
     }
 
     /// The parameters in `flat`, in the order of [`Layout::slots`].
@@ -241,7 +272,7 @@ pub struct Piece {
     pub values: Tensor,
 }
 
-/// A gradient by all parameters, in pieces that cover the flat tensor: one on a GPU, where each operation has its price,
+/// A gradient by all parameters, in pieces that cover them in the flat tensor: one on a GPU, where each operation has its price,
 /// one a parameter on the processor, where each copy has.
 pub struct Gradient(pub Vec<Piece>);
 
@@ -281,13 +312,17 @@ impl Gradient {
         Ok(Self(moved.collect::<Result<_, TchError>>()?))
     }
 
-    /// In one flat tensor.
+    /// In one flat tensor of `len` elements, 0 where no piece is.
     ///
     /// # Errors
     /// No room on the device.
-    pub fn flat(&self) -> Result<Tensor, TrainError> {
-        let parts: Vec<&Tensor> = self.0.iter().map(|p| &p.values).collect();
-        Ok(Tensor::f_cat(&parts, 0)?)
+    pub fn flat(&self, len: i64) -> Result<Tensor, TrainError> {
+        let device = self.0.first().map_or(Device::Cpu, |p| p.values.device());
+        let flat = Tensor::f_zeros([len], (Kind::Float, device))?;
+        for piece in &self.0 {
+            flat.f_narrow(0, piece.offset, piece.values.size1()?)?.f_copy_(&piece.values)?;
+        }
+        Ok(flat)
     }
 }
 
@@ -301,6 +336,8 @@ pub struct Replica {
     pub buffers: Tensor,
     /// Views of `flat` that gradients are wanted for, in the order of the layout's slots.
     leaves: Vec<Tensor>,
+    /// What may be cast in half precision, and its views: made once, filled anew for each step.
+    half: OnceCell<(Tensor, Vec<Tensor>)>,
     buffer_views: Vec<Tensor>,
 }
 
@@ -315,7 +352,7 @@ impl Replica {
         let buffers = copy(buffers)?;
         let leaves = leaves(&layout.slots, &flat)?;
         let buffer_views = layout.buffers.iter().map(|slot| slot.view(&buffers)).collect::<Result<_, _>>()?;
-        Ok(Self { device, flat, buffers, leaves, buffer_views })
+        Ok(Self { device, flat, buffers, leaves, half: OnceCell::new(), buffer_views })
     }
 
     /// A replica of `weights`.
@@ -342,7 +379,8 @@ impl Replica {
         })))
     }
 
-    /// Views to differentiate by: the parameters themselves, or those that may be cast in `precision`, cast anew.
+    /// Views to differentiate by: the parameters themselves, or those that may be cast in `precision`, cast anew. What an
+    /// earlier call returned changes with them.
     ///
     /// # Errors
     /// No room on the device.
@@ -351,8 +389,21 @@ impl Replica {
         if precision == Precision::Fp32 {
             return Ok(shallow(&self.leaves));
         }
-        let cast = no_grad(|| self.flat.f_narrow(0, 0, layout.cast_len)?.f_to_kind(precision.kind()))?;
-        let mut all = leaves(&layout.slots[..layout.cast_slots], &cast)?;
+        let kind = precision.kind();
+        let (cast, views) = match self.half.get().filter(|(cast, _)| cast.kind() == kind) {
+            Some(kept) => kept,
+            None => {
+                let cast = Tensor::f_empty([layout.cast_len], (kind, self.device))?;
+                let views = leaves(&layout.slots[..layout.cast_slots], &cast)?;
+                // One precision a replica: the first one stays.
+                self.half.get_or_init(|| (cast, views))
+            }
+        };
+        if cast.kind() != kind {
+            return Err(TrainError::Torch("a replica in two precisions".to_owned()));
+        }
+        no_grad(|| cast.shallow_clone().f_copy_(&self.flat.f_narrow(0, 0, layout.cast_len)?))?;
+        let mut all = shallow(views);
         all.extend(shallow(&self.leaves[layout.cast_slots..]));
         Ok(all)
     }
@@ -363,6 +414,11 @@ impl Replica {
     /// No room on the device.
     pub fn gradient(&self, layout: &Layout, loss: &Tensor, leaves: &[Tensor]) -> Result<Gradient, TrainError> {
         let gradients = Tensor::f_run_backward(&[loss], leaves, false, false)?;
+        self.collect(layout, gradients)
+    }
+
+    /// `gradients` by the leaves, in the order of the layout's slots, as one gradient.
+    pub(super) fn collect(&self, layout: &Layout, gradients: Vec<Tensor>) -> Result<Gradient, TrainError> {
         no_grad(|| {
             let parts =
                 layout.slots.iter().zip(&gradients).map(|(s, g)| s.flatten(g)).collect::<Result<Vec<_>, TchError>>()?;
@@ -372,12 +428,11 @@ impl Replica {
                 });
                 return Ok(Gradient(pieces.collect::<Result<_, TchError>>()?));
             }
-            let (cast, kept) = parts.split_at(layout.cast_slots);
-            let flat = if cast.first().is_some_and(|t| t.kind() == Kind::Float) {
-                Tensor::f_cat(&parts, 0)?
-            } else {
-                Tensor::f_cat(&[Tensor::f_cat(cast, 0)?.f_to_kind(Kind::Float)?, Tensor::f_cat(kept, 0)?], 0)?
-            };
+            let mut cast = parts;
+            let kept = cast.split_off(layout.cast_slots);
+            let (cast_slots, kept_slots) = layout.slots.split_at(layout.cast_slots);
+            let cast = joined(cast_slots, cast, 0, layout.cast_len)?.f_to_kind(Kind::Float)?;
+            let flat = Tensor::f_cat(&[cast, joined(kept_slots, kept, layout.cast_len, layout.len)?], 0)?;
             Ok(Gradient(vec![Piece { offset: 0, values: flat }]))
         })
     }
@@ -387,8 +442,7 @@ impl Replica {
     /// # Errors
     /// A batch of another shape, or no room on the device.
     pub fn forward(&self, layout: &Layout, leaves: &[Tensor], x: &Tensor, train: bool) -> Result<Tensor, TrainError> {
-        let pass = Pass { layout, leaves, buffers: &self.buffer_views, train };
-        Ok(pass.logits(x)?.0)
+        Ok(self.pass(layout, leaves, train).logits(x)?.0)
     }
 
     /// Logits, the pooled vector `N x C` and the last feature map `N x C x D x H x W`, all f32, in evaluation.
@@ -396,8 +450,12 @@ impl Replica {
     /// # Errors
     /// As [`Replica::forward`].
     pub fn explain(&self, layout: &Layout, x: &Tensor) -> Result<(Tensor, Tensor, Tensor), TrainError> {
-        let pass = Pass { layout, leaves: &self.leaves, buffers: &self.buffer_views, train: false };
-        no_grad(|| Ok(pass.logits(x)?))
+        no_grad(|| Ok(self.pass(layout, &self.leaves, false).logits(x)?))
+    }
+
+    pub(super) fn pass<'a>(&'a self, layout: &'a Layout, leaves: &'a [Tensor], train: bool) -> Pass<'a> {
+        // The processor's convolutions have a kernel of their own for one channel.
+        Pass { layout, leaves, buffers: &self.buffer_views, train, stem_by_phases: self.device.is_cuda() }
     }
 }
 
@@ -405,23 +463,61 @@ fn leaves(slots: &[Slot], flat: &Tensor) -> Result<Vec<Tensor>, TrainError> {
     slots.iter().map(|slot| Ok(slot.view(flat)?.f_detach()?.f_set_requires_grad(true)?)).collect()
 }
 
+/// Channels of the stem's input by phases: twelve and padding.
+const PHASE_CHANNELS: i64 = 16;
+
+/// `x`, `N x 1 x D x H x W`, for the stem as a two-dimensional 4x4 convolution with stride 1: `ND x 16 x A x B`.
+///
+/// With one input channel a GPU's matrix units have nothing to work on. The even and odd rows and columns of three
+/// neighbouring planes make twelve channels, padded to sixteen. Same sums, another order.
+pub(super) fn phases(x: &Tensor) -> Result<Tensor, TchError> {
+    let (n, _, d, h, w) = x.size5()?;
+    let (a, b) = ((h + 1) / 2 + 3, (w + 1) / 2 + 3);
+    let padded = x.f_squeeze_dim(1)?.f_constant_pad_nd([3, 2 * b - w - 3, 3, 2 * a - h - 3, 1, 1])?;
+    let phases = padded.f_reshape([n, d + 2, a, 2, b, 2])?.f_unfold(1, 3, 1)?;
+    let phases = phases.f_permute([0, 1, 2, 4, 6, 3, 5])?.f_reshape([n * d, a, b, 12])?;
+    phases.f_constant_pad_nd([0, PHASE_CHANNELS - 12])?.f_permute([0, 3, 1, 2])
+}
+
+/// The stem's kernel for [`phases`]: with an eighth row and column of zeros, `C x 16 x 4 x 4`.
+pub(super) fn phase_kernel(weight: &Tensor) -> Result<Tensor, TchError> {
+    let (out, _, taps, _, _) = weight.size5()?;
+    let kernel = weight.f_constant_pad_nd([0, 1, 0, 1])?.f_reshape([out, taps, 4, 2, 4, 2])?;
+    let kernel = kernel.f_permute([0, 2, 4, 1, 3, 5])?.f_reshape([out, 4, 4, 12])?;
+    kernel.f_constant_pad_nd([0, PHASE_CHANNELS - 12])?.f_permute([0, 3, 1, 2])
+}
+
+/// `ND x C x H x W` as `N x C x D x H x W`; with channels last both are the same memory.
+pub(super) fn volumes_of(y: &Tensor, n: i64) -> Result<Tensor, TchError> {
+    let (planes, c, h, w) = y.size4()?;
+    y.f_permute([0, 2, 3, 1])?.f_reshape([n, planes / n, h, w, c])?.f_permute([0, 4, 1, 2, 3])
+}
+
 /// One forward pass.
-struct Pass<'a> {
-    layout: &'a Layout,
+pub(super) struct Pass<'a> {
+    pub(super) layout: &'a Layout,
     leaves: &'a [Tensor],
-    buffers: &'a [Tensor],
+    pub(super) buffers: &'a [Tensor],
     train: bool,
+    stem_by_phases: bool,
 }
 
 impl Pass<'_> {
-    fn parameter(&self, name: &str) -> &Tensor {
+    pub(super) fn parameter(&self, name: &str) -> &Tensor {
         &self.leaves[self.layout.index[name]]
+    }
+
+    pub(super) fn buffer(&self, name: &str) -> &Tensor {
+        &self.buffers[self.layout.buffer_index[name]]
     }
 
     fn conv_bn(&self, x: &Tensor, conv: &str, bn: &str, stride: [i64; 3], pad: [i64; 3]) -> Result<Tensor, TchError> {
         let weight = self.parameter(&format!("{conv}.weight"));
-        let y = x.f_conv3d(weight, None::<Tensor>, stride, pad, [1, 1, 1], 1)?;
-        let buffer = |name: &str| &self.buffers[self.layout.buffer_index[&format!("{bn}.{name}")]];
+        self.batch_norm(&x.f_conv3d(weight, None::<Tensor>, stride, pad, [1, 1, 1], 1)?, bn)
+    }
+
+    fn batch_norm(&self, y: &Tensor, bn: &str) -> Result<Tensor, TchError> {
+        let buffer = |name: &str| self.buffer(&format!("{bn}.{name}"));
         y.f_batch_norm(
             Some(self.parameter(&format!("{bn}.weight"))),
             Some(self.parameter(&format!("{bn}.bias"))),
@@ -434,34 +530,68 @@ impl Pass<'_> {
         )
     }
 
-    fn linear(&self, x: &Tensor, name: &str) -> Result<Tensor, TchError> {
+    pub(super) fn linear(&self, x: &Tensor, name: &str) -> Result<Tensor, TchError> {
         x.f_linear(self.parameter(&format!("{name}.weight")), Some(self.parameter(&format!("{name}.bias"))))
     }
 
-    /// Mean over `axes`, two linear layers, sigmoid, scale.
-    fn gate(&self, x: &Tensor, name: &str, axes: &[i64]) -> Result<Tensor, TchError> {
-        let mean = x.f_mean_dim(axes, true, None::<Kind>)?;
-        let hidden = self.linear(&mean.f_flatten(1, -1)?, &format!("{name}.fc.0"))?.f_relu_()?;
-        let scale = self.linear(&hidden, &format!("{name}.fc.2"))?.f_sigmoid()?;
-        x.f_mul(&scale.f_view(mean.size().as_slice())?)
+    /// Two linear layers and a sigmoid over `mean`, `N x ends`.
+    fn gate(&self, mean: &Tensor, name: &str) -> Result<Tensor, TchError> {
+        let hidden = self.linear(mean, &format!("{name}.fc.0"))?.f_relu_()?;
+        self.linear(&hidden, &format!("{name}.fc.2"))?.f_sigmoid()
+    }
+
+    /// What the block's attentions scale each plane by, `N x C x D`, from the means of its planes; none without attention.
+    ///
+    /// The second attention looks at means of what the first one scaled, and a scale that is the same all over a plane
+    /// scales its mean: both follow from the plane means, and the block's output is multiplied once.
+    pub(super) fn attention(
+        &self,
+        name: &str,
+        planes: impl FnOnce() -> Result<Tensor, TchError>,
+    ) -> Result<Option<Tensor>, TchError> {
+        let architecture = &self.layout.architecture;
+        let (da, se) = (format!("{name}.da"), format!("{name}.se"));
+        let depth = |planes: &Tensor| {
+            let shape = planes.size();
+            self.gate(&planes.f_flatten(1, -1)?, &da)?.f_view(shape.as_slice())
+        };
+        let channel =
+            |planes: &Tensor| self.gate(&planes.f_mean_dim(&[2i64][..], false, None::<Kind>)?, &se)?.f_unsqueeze(-1);
+        let scale = match (architecture.depth_attention, architecture.channel_attention) {
+            (false, false) => return Ok(None),
+            (false, true) => {
+                let planes = planes()?;
+                channel(&planes)?.f_expand(planes.size().as_slice(), false)?
+            }
+            (true, false) => depth(&planes()?)?,
+            (true, true) => {
+                let planes = planes()?;
+                if architecture.attention_order == AttentionOrder::DepthFirst {
+                    let by_depth = depth(&planes)?;
+                    by_depth.f_mul(&channel(&planes.f_mul(&by_depth)?)?)?
+                } else {
+                    let by_channel = channel(&planes)?;
+                    depth(&planes.f_mul(&by_channel)?)?.f_mul(&by_channel)?
+                }
+            }
+        };
+        Ok(Some(scale))
     }
 
     fn block(&self, x: &Tensor, name: &str, strided: bool) -> Result<Tensor, TchError> {
-        let architecture = &self.layout.architecture;
         let stride = if strided { [2; 3] } else { [1; 3] };
         let y = self.conv_bn(x, &format!("{name}.conv1"), &format!("{name}.bn1"), stride, [1; 3])?.f_relu_()?;
         let mut y = self.conv_bn(&y, &format!("{name}.conv2"), &format!("{name}.bn2"), [1; 3], [1; 3])?;
-        let depth = |y: &Tensor| self.gate(y, &format!("{name}.da"), &[3, 4]);
-        let channel = |y: &Tensor| self.gate(y, &format!("{name}.se"), &[2, 3, 4]);
-        let depth_first = architecture.attention_order == AttentionOrder::DepthFirst;
-        if architecture.depth_attention && depth_first {
-            y = depth(&y)?;
-        }
-        if architecture.channel_attention {
-            y = channel(&y)?;
-        }
-        if architecture.depth_attention && !depth_first {
-            y = depth(&y)?;
+        // A sum's gradient is broadcast and a mean's written out; a sum of float16 may overflow.
+        let means = || match y.kind() {
+            Kind::Half => y.f_mean_dim(&[3i64, 4][..], false, None::<Kind>),
+            _ => {
+                let (_, _, _, h, w) = y.size5()?;
+                y.f_sum_dim_intlist(&[3i64, 4][..], false, None::<Kind>)?.f_mul_scalar(1.0 / (h * w) as f64)
+            }
+        };
+        if let Some(scale) = self.attention(name, means)? {
+            y = y.f_mul(&scale.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?;
         }
         let mut y = if strided {
             let (conv, bn) = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
@@ -472,10 +602,29 @@ impl Pass<'_> {
         y.f_relu_()
     }
 
+    /// The stem's convolution of `x`, `N x 1 x D x H x W`, by [`phases`].
+    fn stem_by_phases(&self, x: &Tensor) -> Result<Tensor, TchError> {
+        let y = phases(x)?.f_conv2d(
+            &phase_kernel(self.parameter("stem.0.weight"))?,
+            None::<Tensor>,
+            [1; 2],
+            [0; 2],
+            [1; 2],
+            1,
+        )?;
+        volumes_of(&y, x.size()[0])
+    }
+
     fn logits(&self, x: &Tensor) -> Result<(Tensor, Tensor, Tensor), TchError> {
         let kind = self.parameter("stem.0.weight").kind();
-        let x = self.layout.arrange(&x.f_to_kind(kind)?)?;
-        let mut x = self.conv_bn(&x, "stem.0", "stem.1", [1, 2, 2], [1, 3, 3])?.f_relu_()?;
+        let x = x.f_to_kind(kind)?;
+        let x = if self.stem_by_phases {
+            self.stem_by_phases(&x)?
+        } else {
+            let weight = self.parameter("stem.0.weight");
+            self.layout.arrange(&x)?.f_conv3d(weight, None::<Tensor>, [1, 2, 2], [1, 3, 3], [1, 1, 1], 1)?
+        };
+        let mut x = self.batch_norm(&x, "stem.1")?.f_relu_()?;
         for stage in 1..=STAGES {
             for block in 0..BLOCKS {
                 x = self.block(&x, &format!("layer{stage}.{block}"), stage > 1 && block == 0)?;
@@ -540,6 +689,48 @@ mod tests {
     }
 
     #[test]
+    fn the_stem_by_phases_is_the_stem_and_so_is_its_gradient() {
+        // Odd sides have one more row of padding.
+        for input_dhw in [[8, 20, 24], [5, 17, 23]] {
+            let architecture = Architecture { input_dhw, ..small() };
+            let weights = initial_weights(&architecture, 3);
+            let layout = Layout::new(&architecture, true).unwrap();
+            let net = Replica::of_weights(&layout, Device::Cpu, &weights).unwrap();
+            let run = |stem_by_phases| {
+                let leaves = net.leaves(&layout, Precision::Fp32).unwrap();
+                let pass = Pass { stem_by_phases, ..net.pass(&layout, &leaves, true) };
+                let logits = pass.logits(&input(input_dhw)).unwrap().0;
+                let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
+                let flat = net.gradient(&layout, &loss, &leaves).unwrap().flat(layout.len()).unwrap();
+                let stem = &layout.slots[layout.index["stem.0.weight"]];
+                (logits, flat.narrow(0, stem.offset, stem.len))
+            };
+            let ((logits, gradient), (logits2, gradient2)) = (run(false), run(true));
+            assert!((&logits - &logits2).abs().max().double_value(&[]) < 1e-4);
+            let far = (&gradient - &gradient2).abs().max().double_value(&[]);
+            let largest = gradient.abs().max().double_value(&[]);
+            assert!(largest > 0.0 && far < 1e-3 * largest, "{far} of {largest}");
+        }
+    }
+
+    #[test]
+    fn every_tensor_is_aligned_for_matrix_units() {
+        for architecture in variants() {
+            for channels_last in [false, true] {
+                let layout =
+                    Layout::new(&Architecture { base_width: 16, ..architecture.clone() }, channels_last).unwrap();
+                assert!(layout.slots.iter().all(|s| s.offset % ALIGNED == 0));
+                let mut end = 0;
+                for slot in &layout.slots {
+                    assert!(slot.offset >= end && slot.offset - end < ALIGNED, "{}", slot.name);
+                    end = slot.offset + slot.len;
+                }
+                assert!(end <= layout.len());
+            }
+        }
+    }
+
+    #[test]
     fn weights_come_back_as_they_went_in() {
         for channels_last in [false, true] {
             let layout = Layout::new(&small(), channels_last).unwrap();
@@ -558,7 +749,7 @@ mod tests {
             let leaves = net.leaves(&layout, Precision::Fp32).unwrap();
             let logits = net.forward(&layout, &leaves, &input(small().input_dhw), true).unwrap();
             let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
-            let flat = net.gradient(&layout, &loss, &leaves).unwrap().flat().unwrap();
+            let flat = net.gradient(&layout, &loss, &leaves).unwrap().flat(layout.len()).unwrap();
             layout.unpack_parameters(&flat).unwrap().concat()
         };
         let (a, b) = (gradient(false), gradient(true));
@@ -578,7 +769,7 @@ mod tests {
             let leaves = net.leaves(&layout, precision).unwrap();
             let logits = net.forward(&layout, &leaves, &input(even.input_dhw), true).unwrap();
             let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&[1i64]));
-            net.gradient(&layout, &loss, &leaves).unwrap().flat().unwrap()
+            net.gradient(&layout, &loss, &leaves).unwrap().flat(layout.len()).unwrap()
         };
         let (a, b) = (gradient(Precision::Fp32), gradient(Precision::Bf16));
         let cosine = (a.dot(&b) / (a.norm() * b.norm())).double_value(&[]);

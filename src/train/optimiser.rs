@@ -6,6 +6,7 @@
 use tch::{Device, Kind, TchError, Tensor, no_grad};
 
 use super::TrainError;
+use super::fused::Fused;
 use super::net::Gradient;
 
 /// Elements of a block on the processor: 5 arrays of 256 KiB lie in a core's second-level cache, and temporaries come
@@ -39,6 +40,31 @@ impl Adam {
         Ok(Self { mean: zeros()?, square: zeros()?, steps: 0 })
     }
 
+    /// Counts a step: its size, and the root of 1 - beta2^t.
+    fn next(&mut self, learning_rate: f64) -> (f64, f64) {
+        self.steps += 1;
+        let t = i32::try_from(self.steps).unwrap_or(i32::MAX);
+        (learning_rate / (1.0 - BETA1.powi(t)), (1.0 - BETA2.powi(t)).sqrt())
+    }
+
+    /// One step on a GPU as one kernel, `gradient` being in one piece and finite.
+    ///
+    /// # Errors
+    /// Another gradient, or a kernel that does not start.
+    pub fn fused_step(
+        &mut self,
+        fused: &Fused,
+        parameters: &Tensor,
+        gradient: &Gradient,
+        learning_rate: f64,
+    ) -> Result<(), TrainError> {
+        let [piece] = gradient.0.as_slice() else {
+            return Err(TrainError::Torch("a gradient in pieces where one is expected".to_owned()));
+        };
+        let (step, root) = self.next(learning_rate);
+        fused.adam(parameters, &piece.values, &self.mean, &self.square, step, 1.0 / root)
+    }
+
     /// One step of the flat `parameters` against `gradient`. On the processor it goes block by block, all of a block's
     /// operations while it is in the cache, and ends with `false` at the first block that is not finite; the blocks
     /// before it are then changed already. On a GPU the caller looks first.
@@ -46,10 +72,7 @@ impl Adam {
     /// # Errors
     /// No room on the device.
     pub fn step(&mut self, parameters: &Tensor, gradient: &Gradient, learning_rate: f64) -> Result<bool, TrainError> {
-        self.steps += 1;
-        let t = i32::try_from(self.steps).unwrap_or(i32::MAX);
-        let step_size = learning_rate / (1.0 - BETA1.powi(t));
-        let root2 = (1.0 - BETA2.powi(t)).sqrt();
+        let (step_size, root2) = self.next(learning_rate);
         let processor = parameters.device() == Device::Cpu;
         let update = || -> Result<bool, TchError> {
             for piece in &gradient.0 {

@@ -10,6 +10,8 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_void};
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
@@ -21,7 +23,7 @@ use super::TrainError;
 pub const MAX_GPUS: usize = 16;
 
 /// How to use libtorch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TorchOptions {
     /// Threads of one operation; 0 leaves libtorch's choice, one a physical core.
     pub threads: usize,
@@ -29,22 +31,76 @@ pub struct TorchOptions {
     pub deterministic: bool,
     /// TF32 in convolutions and products on GPUs, for f32 runs. Never in deterministic mode's favour or against it.
     pub tf32: bool,
+    /// Whether convolutions are in half precision. libtorch refuses every engine of cuDNN with matrix units to whoever
+    /// forbids TF32, those of half precision too; so it is allowed then, and changes no number.
+    pub half: bool,
+    /// Whether cuDNN times its ways of doing each new convolution first. Not in deterministic mode.
+    pub tune: bool,
 }
 
-/// Opens the CUDA half of libtorch if it is there; says why not otherwise. Once a process.
-fn open_cuda() -> &'static Result<(), String> {
-    static OPENED: OnceLock<Result<(), String>> = OnceLock::new();
+impl Default for TorchOptions {
+    fn default() -> Self {
+        Self { threads: 0, deterministic: false, tf32: false, half: false, tune: true }
+    }
+}
+
+const CUDA_LIBRARY: &str = "libtorch_cuda.so";
+/// Largest accepted list of mappings: a process has at most 65,530 by Linux's default, of about 120 bytes a line.
+const MAX_MAPS_BYTES: u64 = 16 << 20;
+
+/// The folder of the libtorch this process runs with, whichever way the loader found it.
+fn loaded_from(maps: &str) -> Option<PathBuf> {
+    let path = maps.lines().find_map(|line| {
+        let path = &line[line.find('/')?..];
+        path.rsplit('/').next().is_some_and(|name| name.starts_with("libtorch_cpu.so")).then_some(path)
+    })?;
+    Path::new(path).parent().map(Path::to_path_buf)
+}
+
+/// Where the CUDA half may be: beside the half that is loaded, which is the same build; in the folder that `LIBTORCH`
+/// names now; wherever the loader looks (`LD_LIBRARY_PATH`, the program's own search path).
+fn cuda_candidates(maps: &str, libtorch: Option<&Path>) -> Vec<PathBuf> {
+    let folders = [loaded_from(maps), libtorch.map(|root| root.join("lib"))];
+    let mut all: Vec<PathBuf> = folders.into_iter().flatten().map(|folder| folder.join(CUDA_LIBRARY)).collect();
+    all.push(PathBuf::from(CUDA_LIBRARY));
+    all.dedup();
+    all
+}
+
+/// What the loader said, which libloading keeps as the cause of its error.
+pub(super) fn loader_words(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+/// Opens the CUDA half of libtorch if it is there; says what was tried otherwise. Once a process.
+fn open_cuda() -> &'static Result<PathBuf, String> {
+    static OPENED: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     OPENED.get_or_init(|| {
-        // SAFETY: opening runs the library's initialisers, which register kernels and touch nothing of ours. It is the
-        // other half of the libtorch this program is linked to, found through the program's own search path.
-        match unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) } {
-            Ok(library) => {
-                // Kernels stay registered until the process ends.
-                let _ = library.into_raw();
-                Ok(())
-            }
-            Err(error) => Err(error.to_string()),
+        let mut maps = String::new();
+        // Without a list of mappings the other places are left.
+        if let Ok(file) = std::fs::File::open("/proc/self/maps") {
+            let _ = file.take(MAX_MAPS_BYTES).read_to_string(&mut maps);
         }
+        let root = std::env::var_os("LIBTORCH").map(PathBuf::from);
+        let mut tried = Vec::new();
+        for path in cuda_candidates(&maps, root.as_deref()) {
+            if path.is_absolute() && !path.exists() {
+                tried.push(format!("{}: no such file", path.display()));
+                continue;
+            }
+            // SAFETY: opening runs the library's initialisers, which register kernels and touch nothing of ours. It is
+            // the other half of the libtorch this program is linked to.
+            match unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) } {
+                Ok(library) => {
+                    // Kernels stay registered until the process ends.
+                    let _ = library.into_raw();
+                    return Ok(path);
+                }
+                // The loader's own words name the file that is missing, which may be a library of NVIDIA's.
+                Err(error) => tried.push(format!("{}: {}", path.display(), loader_words(&error))),
+            }
+        }
+        Err(tried.join("; "))
     })
 }
 
@@ -60,9 +116,9 @@ pub fn init(options: &TorchOptions) -> Result<(), TrainError> {
     let context = Context::open()?;
     context.set_deterministic(options.deterministic)?;
     if Cuda::is_available() {
-        context.set(c"_ZN2at7Context17setAllowTF32CuDNNEb", options.tf32)?;
+        context.set(c"_ZN2at7Context17setAllowTF32CuDNNEb", options.tf32 || options.half)?;
         context.set(c"_ZN2at7Context18setAllowTF32CuBLASEb", options.tf32)?;
-        Cuda::cudnn_set_benchmark(!options.deterministic);
+        Cuda::cudnn_set_benchmark(options.tune && !options.deterministic);
     }
     Ok(())
 }
@@ -73,11 +129,17 @@ pub fn init(options: &TorchOptions) -> Result<(), TrainError> {
 /// The reason in words.
 pub fn cuda() -> Result<usize, String> {
     if let Err(reason) = open_cuda() {
-        return Err(format!("libtorch has no CUDA half ({reason}); scripts/libtorch --cuda fetches it"));
+        return Err(format!(
+            "libtorch's CUDA half did not open; tried {reason}; scripts/libtorch --cuda fetches it, or let \
+             LD_LIBRARY_PATH or LIBTORCH name a torch 2.11 that has it"
+        ));
     }
     match usize::try_from(Cuda::device_count()) {
         Ok(count) if count > 0 => Ok(count),
-        _ => Err("no CUDA device or driver was found".to_owned()),
+        _ => Err(match open_cuda() {
+            Ok(path) => format!("{} is open, but found no CUDA device or driver", path.display()),
+            Err(_) => "no CUDA device or driver was found".to_owned(),
+        }),
     }
 }
 
@@ -183,8 +245,19 @@ mod tests {
 
     #[test]
     fn libtorch_starts_with_and_without_determinism() {
-        init(&TorchOptions { threads: 1, deterministic: true, tf32: false }).unwrap();
+        init(&TorchOptions { threads: 1, deterministic: true, ..TorchOptions::default() }).unwrap();
         init(&TorchOptions::default()).unwrap();
+    }
+
+    #[test]
+    fn the_cuda_half_is_looked_for_beside_the_half_that_is_loaded() {
+        let maps = "7f00-7f01 r--p 0 00:00 1 /usr/lib/libc.so.6\n7f02-7f03 r-xp 0 00:00 2   /a b/lib/libtorch_cpu.so\n";
+        let found = cuda_candidates(maps, Some(Path::new("/t")));
+        let wanted = ["/a b/lib/libtorch_cuda.so", "/t/lib/libtorch_cuda.so", "libtorch_cuda.so"].map(PathBuf::from);
+        assert_eq!(found, wanted);
+        assert_eq!(cuda_candidates("", None), [PathBuf::from(CUDA_LIBRARY)]);
+        let own = std::fs::read_to_string("/proc/self/maps").unwrap();
+        assert!(loaded_from(&own).is_some_and(|folder| folder.join("libtorch_cpu.so").exists()));
     }
 
     #[test]

@@ -32,13 +32,15 @@ pub enum Reason {
     NoLung,
     /// The pixels cannot be decoded, or there are none or too many of them (Rows, Columns).
     Undecodable,
+    /// Unlike the data the model was made for, where the site has set that such scans get no result.
+    OutOfDistribution,
     /// A fault of this program; never to be read as a negative finding.
     Internal,
 }
 
 impl Reason {
     /// Every reason, in the order of declaration.
-    pub const ALL: [Reason; 12] = [
+    pub const ALL: [Reason; 13] = [
         Reason::NotCt,
         Reason::Localizer,
         Reason::Derived,
@@ -50,6 +52,7 @@ impl Reason {
         Reason::InconsistentGeometry,
         Reason::NoLung,
         Reason::Undecodable,
+        Reason::OutOfDistribution,
         Reason::Internal,
     ];
 
@@ -67,6 +70,7 @@ impl Reason {
             Reason::InconsistentGeometry => "inconsistent_geometry",
             Reason::NoLung => "no_lung",
             Reason::Undecodable => "undecodable",
+            Reason::OutOfDistribution => "out_of_distribution",
             Reason::Internal => "internal",
         }
     }
