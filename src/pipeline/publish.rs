@@ -582,7 +582,8 @@ impl Publisher {
                 explain: Some(inferred.judged.cam_s * 1e3),
             };
         }
-        self.policy.admit(report).unwrap_or_else(|(refused, refusal)| {
+        self.policy.admit(report).unwrap_or_else(|instead| {
+            let (refused, refusal) = *instead;
             job.result = Err(refusal);
             refused
         })

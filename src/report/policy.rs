@@ -179,7 +179,10 @@ impl AlertPolicy {
 impl AlertPolicy {
     /// The report that goes out instead of `report`: one without a result where the scan is flagged and that is not
     /// taken. The score and its reason stay in it.
-    pub fn admit(&self, report: SeriesReport) -> Result<SeriesReport, (SeriesReport, Refusal)> {
+    ///
+    /// # Errors
+    /// The report that goes out instead, and the refusal in it.
+    pub fn admit(&self, report: SeriesReport) -> Result<SeriesReport, Box<(SeriesReport, Refusal)>> {
         match &report.ood {
             Some(ood) if ood.flag && self.ood_action == OodAction::Refuse => {
                 let why = ood.why.as_deref().unwrap_or("it is flagged");
@@ -188,7 +191,7 @@ impl AlertPolicy {
                 refused.ood.clone_from(&report.ood);
                 refused.quality = report.quality;
                 refused.latency_ms = report.latency_ms;
-                Err((refused, refusal))
+                Err(Box::new((refused, refusal)))
             }
             _ => Ok(report),
         }
@@ -347,7 +350,8 @@ mod tests {
             assert_eq!(policy.admit(usual.clone()).unwrap(), usual);
             match policy.admit(flagged.clone()) {
                 Ok(report) => assert!(stands && report == flagged),
-                Err((report, refusal)) => {
+                Err(instead) => {
+                    let (report, refusal) = *instead;
                     assert!(!stands && refusal.reason == Reason::OutOfDistribution);
                     assert_eq!((report.outcome, report.ood), (Outcome::NoResult, Some(ood.clone())));
                     assert!(report.logits.is_none() && report.predicted.is_none());
