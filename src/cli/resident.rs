@@ -8,7 +8,8 @@
 //! -> {"seconds":…,"device_ms":…,"logits":[…],"scores":[…]}      or {"error":"…"}, and the next line is awaited
 //! ```
 //!
-//! `seconds` is the inference alone; reading the file is outside. `device_ms` is the part on a GPU, null without one. The process ends when stdin does.
+//! `seconds` is the inference alone; reading the file is outside. `device_ms` is the part on a GPU, null without one. The
+//! process ends when stdin does.
 
 use std::io::{BufRead, Read, Write};
 use std::path::Path;
