@@ -96,7 +96,7 @@ impl Running {
 
     fn page(&self, path: &str) -> String {
         let url = format!("http://{}{path}", self.daemon.web_addr());
-        ureq::get(url).call().unwrap().body_mut().read_to_string().unwrap()
+        ureq::get(url).config().http_status_as_error(false).build().call().unwrap().body_mut().read_to_string().unwrap()
     }
 
     /// Asks for `path` until `wanted` is on it.
@@ -135,5 +135,6 @@ fn a_device_that_fails_costs_no_study_and_comes_back() {
     running.wait_for("/metrics", "darnet_backend_degraded 0");
     running.wait_for("/readyz", "using cuda, for the test");
     assert_eq!(running.study(4)["backend"], "cuda");
+    assert!(running.page("/readyz").contains("\"ready\":true"), "{}", running.page("/readyz"));
     running.daemon.shutdown(Duration::from_secs(1));
 }

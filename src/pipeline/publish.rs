@@ -359,7 +359,8 @@ impl Setup {
             observer: self.observer,
             outbox: Arc::clone(&outbox),
             journals,
-            render: self.results.render.then_some(render),
+            render,
+            renders: self.results.render,
         };
         Ok((outbox, publisher, renderer))
     }
@@ -418,7 +419,9 @@ pub struct Publisher {
     observer: Option<Sender<ResultNotice>>,
     outbox: Arc<Outbox>,
     journals: Journals,
-    render: Option<Sender<RenderJob>>,
+    /// Held also where no pictures are made: the renderer's thread, which keeps house, ends with it.
+    render: Sender<RenderJob>,
+    renders: bool,
 }
 
 struct RenderJob {
@@ -518,7 +521,7 @@ impl Publisher {
         let completion_wait = job.timing.completed_at.duration_since(job.timing.last_pdata_at);
         let infer_s = job.result.as_ref().map_or(0.0, |i| i.judged.infer_s);
         let reused_share = job.result.as_ref().ok().and_then(|i| i.judged.reused_share());
-        if let (Some(render), Ok(inferred)) = (&self.render, job.result) {
+        if let (true, Ok(inferred)) = (self.renders, job.result) {
             let render_job = RenderJob {
                 series: job.series.clone(),
                 scores: inferred.judged.inference.scores.clone(),
@@ -527,7 +530,7 @@ impl Publisher {
                 dir: dir.clone(),
                 _done: done,
             };
-            if render.try_send(render_job).is_err() {
+            if self.render.try_send(render_job).is_err() {
                 incidents::RenderingSkipped { series: &job.series }.emit();
             }
         }
