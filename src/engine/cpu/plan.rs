@@ -151,7 +151,7 @@ impl Conv {
         let fewest = (FEWEST_TILES * tiling.weights(kept)).div_ceil(tiling.frequencies());
         let parts = (1..=tiles).filter(|parts| tiles.is_multiple_of(*parts) && tiles / parts >= fewest);
         let fits = |parts: &usize| self.column_lines(tiles / parts) * LANES * 4 <= PRIVATE_COLUMN_BYTES;
-        let longest = parts.clone().last().unwrap_or(1);
+        let longest = parts.clone().next_back().unwrap_or(1);
         parts.into_iter().find(fits).unwrap_or(longest)
     }
 
