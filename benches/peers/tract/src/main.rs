@@ -1,8 +1,8 @@
 //! tract with an exported model, resident: reads file names, answers with seconds and logits.
 //!
-//! `darnet-peers-tract MODEL.onnx THREADS`. The protocol is that of `worker.py`: a line `{"ready": true, …}`, then for each
-//! safetensors file named on stdin `{"seconds": …, "logits": […]}`. `seconds` spans the run, from a tensor in memory to all
-//! outputs in memory; reading the file is outside.
+//! `darnet-peers-tract MODEL.onnx THREADS`. The protocol is that of `worker.py`: a line `{"ready": true, …}`, then for
+//! each safetensors file named on stdin `{"seconds": …, "logits": […]}`. `seconds` spans the run, from a tensor in memory
+//! to all outputs in memory; reading the file is outside.
 
 use std::error::Error;
 use std::io::{BufRead, Write};
