@@ -7,7 +7,7 @@
 //!
 //! One side is broadcast value by value, the other lies in panels in the order it is read, sums stay in registers. V has
 //! the sixteen channels of a group's tiles one after the other, so that every broadcast is at a constant distance from one
-//! pointer: with rows far apart the fourteen addresses do not fit the registers (83 instead of 115 GFLOP/s were measured).
+//! pointer: with rows far apart the fourteen addresses do not fit the registers.
 //! Fourteen tiles take two cache lines of weights in 28 multiply-adds, 6 x 4 took four in 24: weights come from the second
 //! and third level. Groups are of equal size: of 14 tiles in sixes the last two would wait for their own sums.
 //! What follows a direct convolution (bias, ReLU; or attention scale, shortcut and ReLU) is done before it is stored.
