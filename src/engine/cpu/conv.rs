@@ -363,7 +363,7 @@ pub fn stem(
     depth_tiles: &[usize],
 ) -> Result<(), EngineError> {
     let shape = conv.output;
-    let [d, h, w] = shape.dhw;
+    let [_, h, w] = shape.dhw;
     let [bd, bh, bw] = at.bordered;
     assert_eq!(conv.method, Method::Depth, "stem: {} is another convolution", conv.name);
     assert!(
@@ -384,13 +384,14 @@ pub fn stem(
     let output = Place(output.data_mut(shape).as_mut_ptr());
     let groups = h.div_ceil(stem::ROWS);
     context.run(groups * depth_tiles.len(), &|item, thread| {
-        let z = depth_tiles[item / groups] * stem::DEPTHS;
+        let tile = depth_tiles[item / groups];
+        let planes = conv.planes_of(tile);
         let y = item % groups * stem::ROWS;
         // SAFETY: what is read was checked above; each thread has its own V and M, each item its own output rows.
         unsafe {
             let own = scratch.at(thread * lens.own());
             (context.kernels.stem_rows)(&StemRows {
-                x: input.as_ptr().add(z * at.plane() + 2 * y * at.row()),
+                x: input.as_ptr().add(tile * stem::DEPTHS * at.plane() + 2 * y * at.row()),
                 plane: at.plane(),
                 row: at.row(),
                 rows: stem::ROWS.min(h - y),
@@ -400,9 +401,9 @@ pub fn stem(
                 weights: weights.as_ptr(),
                 blocks: shape.blocks(),
                 offsets: conv.offsets.as_ptr(),
-                y: output.at(shape.at(0, [z, y, 0])),
+                y: output.at(shape.at(0, [planes.start, y, 0])),
                 y_steps: [shape.block(), shape.plane(), shape.row()],
-                depths: stem::DEPTHS.min(d - z),
+                depths: [(planes.start + stem::SHIFT) - tile * stem::DEPTHS, planes.len()],
                 bias: conv.bias.as_ptr(),
                 stream,
             });
@@ -918,7 +919,7 @@ mod tests {
                 let mut bordered = vec![0.0_f32; at.total()];
                 for (i, v) in volume.iter().enumerate() {
                     let (z, y, x) = (i / (h * w), i / w % h, i % w);
-                    bordered[(z + 1) * at.plane() + (y + 3) * at.row() + x + 3] = *v;
+                    bordered[(z + 4) * at.plane() + (y + 3) * at.row() + x + 3] = *v;
                 }
                 let stem = &plan.stem;
                 let mut output = Tensor::new(stem.output.len()).unwrap();
@@ -944,14 +945,14 @@ mod tests {
                             let w: [f64; 3] =
                                 std::array::from_fn(|kd| f64::from(weights[co * 147 + kd * 49 + k]) * scale);
                             let x = |plane: usize| f64::from(bordered[plane * at.plane() + from]);
-                            sum += (0..3).map(|kd| w[kd] * x(z + kd)).sum::<f64>();
+                            sum += (0..3).map(|kd| w[kd] * x(z + 3 + kd)).sum::<f64>();
                             for (f, product) in products.iter_mut().enumerate() {
                                 let u: f64 = (0..3).map(|kd| g[f][kd] * w[kd].abs()).sum();
-                                let v: f64 = (0..6).map(|d| bt[f][d] * x(z / 4 * 4 + d).abs()).sum();
+                                let v: f64 = (0..6).map(|d| bt[f][d] * x((z + 3) / 4 * 4 + d).abs()).sum();
                                 *product += u * v;
                             }
                         }
-                        let size: f64 = (0..6).map(|f| a[z % 4][f] * products[f]).sum::<f64>() + shift.abs();
+                        let size: f64 = (0..6).map(|f| a[(z + 3) % 4][f] * products[f]).sum::<f64>() + shift.abs();
                         let got = f64::from(out[stem.output.at(co / LANES, [z, y, x]) + co % LANES]);
                         let bound = doubled * (49 + 4 + 6 + 3) as f64 * U * size;
                         assert!((got - sum.max(0.0)).abs() <= bound, "{isa} stem {got} {sum} {bound}");

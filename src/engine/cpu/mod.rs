@@ -165,12 +165,6 @@ impl Ahead {
     }
 }
 
-/// The output planes of depth tile `tile`.
-fn planes_of(conv: &Conv, tile: usize) -> std::ops::Range<usize> {
-    let outputs = conv.depths();
-    tile * outputs..((tile + 1) * outputs).min(conv.output.dhw[0])
-}
-
 /// `range` and the plane before and behind it, inside `0..d`.
 fn widened(range: std::ops::Range<usize>, d: usize) -> std::ops::Range<usize> {
     range.start.saturating_sub(1)..(range.end + 1).min(d)
@@ -181,25 +175,25 @@ fn widened(range: std::ops::Range<usize>, d: usize) -> std::ops::Range<usize> {
 fn possible(conv: &Conv, done: &[bool], input: impl Fn(usize) -> bool, list: &mut Vec<usize>) {
     let d = conv.input.dhw[0];
     list.clear();
-    list.extend((0..done.len()).filter(|&tile| !done[tile] && widened(planes_of(conv, tile), d).all(&input)));
+    list.extend((0..done.len()).filter(|&tile| !done[tile] && widened(conv.planes_of(tile), d).all(&input)));
 }
 
 /// Whether all the inputs of the depth tile of `conv` that `plane` is in fulfil `input`.
 fn needs(conv: &Conv, plane: usize, input: impl Fn(usize) -> bool) -> bool {
-    widened(planes_of(conv, plane / conv.depths()), conv.input.dhw[0]).all(input)
+    widened(conv.planes_of(conv.depth_tile(plane)), conv.input.dhw[0]).all(input)
 }
 
 /// Marks the tiles of `conv` as not done whose input planes are not all done.
 fn withdraw(conv: &Conv, done: &mut [bool], input: impl Fn(usize) -> bool) {
     let d = conv.input.dhw[0];
     for (tile, done) in done.iter_mut().enumerate() {
-        *done = *done && widened(planes_of(conv, tile), d).all(&input);
+        *done = *done && widened(conv.planes_of(tile), d).all(&input);
     }
 }
 
 /// Whether `plane` is done when its depth tiles are `done`.
 fn plane_done(conv: &Conv, done: &[bool], plane: usize) -> bool {
-    done[plane / conv.depths()]
+    done[conv.depth_tile(plane)]
 }
 
 struct CpuSession {
@@ -276,7 +270,7 @@ impl CpuSession {
             if !same {
                 self.ahead.known[z] = true;
                 for z in widened(z..z + 1, d) {
-                    self.ahead.stem[z / plan.stem.depths()] = false;
+                    self.ahead.stem[plan.stem.depth_tile(z)] = false;
                 }
             }
         }

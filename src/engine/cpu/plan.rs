@@ -127,7 +127,7 @@ impl Conv {
             Method::Direct => self.output.dhw,
             Method::Depth => {
                 let [d, h, w] = self.output.dhw;
-                [d.div_ceil(stem::DEPTHS), h, w]
+                [stem_tiles(d), h, w]
             }
         }
     }
@@ -139,6 +139,21 @@ impl Conv {
             Method::Direct => 1,
             Method::Depth => stem::DEPTHS,
         }
+    }
+
+    /// The depth tile that output plane `z` is in.
+    pub fn depth_tile(&self, z: usize) -> usize {
+        (z + self.shift()) / self.depths()
+    }
+
+    /// The output planes of depth tile `tile`.
+    pub fn planes_of(&self, tile: usize) -> std::ops::Range<usize> {
+        let first = (tile * self.depths()).saturating_sub(self.shift());
+        first..((tile + 1) * self.depths() - self.shift()).min(self.output.dhw[0])
+    }
+
+    fn shift(&self) -> usize {
+        if self.method == Method::Depth { stem::SHIFT } else { 0 }
     }
 
     /// Strips that a row of tiles is cut into; all have as many tiles.
@@ -295,6 +310,11 @@ impl Conv {
     }
 }
 
+/// Depth tiles of the stem.
+fn stem_tiles(depth: usize) -> usize {
+    (depth + stem::SHIFT).div_ceil(stem::DEPTHS)
+}
+
 /// Tiles along each axis of an output.
 pub fn tiles(tiling: Tiling, output_dhw: [usize; 3]) -> [usize; 3] {
     let outputs = tiling.outputs();
@@ -392,7 +412,7 @@ pub struct Plan {
     pub macs: u64,
 }
 
-/// The stem's copy of the input with its border of zeros: 1 plane, 3 rows and 3 columns before, enough behind.
+/// The stem's copy of the input with its border of zeros: 4 planes, 3 rows and 3 columns before, enough behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StemInput {
     /// Voxels along each axis with the border.
@@ -401,12 +421,12 @@ pub struct StemInput {
 
 impl StemInput {
     /// Planes, rows, columns of border before the input.
-    pub const BEFORE: [usize; 3] = [1, 3, 3];
+    pub const BEFORE: [usize; 3] = [1 + stem::SHIFT, 3, 3];
 
     fn new(input_dhw: [usize; 3]) -> Self {
         let [d, h, w] = input_dhw;
         // Whole depth tiles; the last output of a row of n reads 7 voxels from 2 * (ceil(n / 2) - 1)
-        let depth = d.div_ceil(stem::DEPTHS) * stem::DEPTHS + 2;
+        let depth = stem_tiles(d) * stem::DEPTHS + 2;
         Self { bordered: [depth, 2 * h.div_ceil(2) + 5, 2 * w.div_ceil(2) + 5] }
     }
     /// Floats of a row.

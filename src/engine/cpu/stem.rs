@@ -1,7 +1,7 @@
 //! The first convolution: one input channel, 3x7x7 taps, stride 1 along depth and 2 along rows and columns.
 //!
 //! ```text
-//! for each depth tile (four planes of outputs) and group of rows:
+//! for each depth tile (four planes of outputs, see SHIFT) and group of rows:
 //!     V[f] = B^T along D of the six input planes                               f: the six frequencies of F(4,3)
 //!     for each row of outputs and f:  M[f][x][co] = sum over 7 x 7 taps of V[f] * U[f]      matrix::direct_row
 //!     y = A^T M along D, + bias, ReLU
@@ -30,6 +30,10 @@ pub const PLANE_TAPS: usize = TAPS * TAPS;
 pub const DEPTHS: usize = Four::M;
 /// Input planes of a depth tile, and frequencies.
 pub const FREQUENCIES: usize = Four::T;
+/// Output planes by which the first tile lies before the first plane. The convolution that follows has tiles of planes
+/// 4 t to 4 t + 3 and reads up to plane 4 t + 4: with this shift a tile of this one ends just there, so that no plane waits
+/// for inputs that it is not made of when layers are computed ahead.
+pub const SHIFT: usize = DEPTHS - 1;
 /// Rows of outputs of a group.
 pub const ROWS: usize = 8;
 
@@ -56,12 +60,12 @@ pub struct StemRows {
     pub blocks: usize,
     /// Where the taps of a row of V begin: [`TAPS`] offsets of [`v_row`] floats.
     pub offsets: *const usize,
-    /// The first output voxel of the first block.
+    /// The first output voxel of the first block, in the first plane that exists.
     pub y: *mut f32,
     /// Floats from block to block, plane to plane and row to row of `y`.
     pub y_steps: [usize; 3],
-    /// Output planes that exist, 1 to [`DEPTHS`].
-    pub depths: usize,
+    /// Output planes of the tile before the first that exists, and how many exist.
+    pub depths: [usize; 2],
     /// A bias an output.
     pub bias: *const f32,
     /// Whether to write past the caches; then outputs lie at multiples of 64 bytes.
@@ -142,8 +146,8 @@ pub unsafe fn stem_rows<S: Simd>(p: &StemRows) {
                     }
                     let o = Four::at::<S>(&a);
                     let to = p.y.add(block * p.y_steps[0] + y * p.y_steps[2] + x * LANES);
-                    for (d, o) in o.iter().enumerate().take(DEPTHS) {
-                        if d < p.depths {
+                    for (d, o) in o[..DEPTHS].iter().skip(p.depths[0]).enumerate() {
+                        if d < p.depths[1] {
                             let value = S::max(S::splat(0.0), S::add(*o, bias));
                             let to = to.add(d * p.y_steps[1]);
                             if p.stream { S::stream(to, value) } else { S::store(to, value) }
