@@ -552,7 +552,7 @@ mod tests {
         let normal = |i: u64| (0..12).map(|k| s.uniform(12 * i + k)).sum::<f64>() - 6.0;
         let row = |i: u64, class: usize| {
             let (a, b, c) = (normal(3 * i), normal(3 * i + 1), normal(3 * i + 2));
-            vec![(5.0 * class as f64 + a) as f32, (2.0 * a + 0.5 * b) as f32, c as f32]
+            vec![(50.0 * class as f64 + a) as f32, (2.0 * a + 0.5 * b) as f32, c as f32]
         };
         let mut reference = Answers::default();
         for i in 0..3000u64 {
