@@ -98,6 +98,7 @@ fn run_options(out: &Path) -> RunOptions<'static> {
         checkpoint_steps: 0,
         initial: None,
         stop: None,
+        deadline: None,
         id: "t".to_owned(),
         trained_on: "made-up volumes".to_owned(),
         intended_use: "demo".to_owned(),

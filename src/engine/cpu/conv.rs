@@ -948,7 +948,7 @@ mod tests {
                             sum += (0..3).map(|kd| w[kd] * x(z + 3 + kd)).sum::<f64>();
                             for (f, product) in products.iter_mut().enumerate() {
                                 let u: f64 = (0..3).map(|kd| g[f][kd] * w[kd].abs()).sum();
-                                let v: f64 = (0..6).map(|d| bt[f][d] * x((z + 3) / 4 * 4 + d).abs()).sum();
+                                let v: f64 = (0..6).map(|d| bt[f][d] * x(z.div_ceil(4) * 4 + d).abs()).sum();
                                 *product += u * v;
                             }
                         }

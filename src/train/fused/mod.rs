@@ -579,7 +579,7 @@ mod tests {
         ) -> Result<Tensor, TrainError> {
             let mut y = flat(x) * &norm.a + &norm.b;
             if let Some(scale) = scale {
-                y = y * scale.flatten(0, 1).unsqueeze(1);
+                y = &y * scale.flatten(0, 1).unsqueeze(1);
             }
             let s = flat(shortcut);
             let s = strided.map_or_else(|| s.shallow_clone(), |n| &s * &n.a + &n.b);
@@ -620,8 +620,8 @@ mod tests {
             }
             if let Some(through) = through {
                 let through = through.flatten(0, 1);
-                dzx = dzx + &through * &norm.plane_x / at.area as f64;
-                dz = dz + through;
+                dzx = &dzx + &through * &norm.plane_x / at.area as f64;
+                dz = &dz + through;
             }
             let total = |t: Tensor| t.sum_dim_intlist(&[0i64][..], false, Kind::Float);
             let (dy, dyx, count) = (total(dz), total(dzx), (at.planes * at.area) as f64);
@@ -658,7 +658,7 @@ mod tests {
             let v = flat(x);
             let mut dy = scale.map_or_else(|| dz.shallow_clone(), |s| &dz * s.flatten(0, 1).unsqueeze(1));
             if let Some(through) = through {
-                dy = dy + through.flatten(0, 1).unsqueeze(1) / v.size()[1] as f64;
+                dy = &dy + through.flatten(0, 1).unsqueeze(1) / v.size()[1] as f64;
             }
             let gs = match shortcut {
                 None => dz,
