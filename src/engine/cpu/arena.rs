@@ -5,7 +5,8 @@
 //! multiple of sixteen; the padding stays zero through the network because its weights are zero.
 //!
 //! At full size a session has three activations of the widest stage, 4 blocks x 66 x 114 x 114 x 16 x 4 B = 220 MB each,
-//! the transforms' scratch ([`super::plan::SHARED_COLUMN_BYTES`] and its neighbours) and a copy of the input, 66 x 230 x 230 x 4 B = 14 MB.
+//! the transforms' scratch ([`super::plan::SHARED_COLUMN_BYTES`] and its neighbours) and a copy of the input,
+//! 66 x 230 x 230 x 4 B = 14 MB.
 //! Nothing is allocated after it opens.
 #![allow(unsafe_code)]
 
