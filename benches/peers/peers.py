@@ -26,7 +26,6 @@ from common import (
 )
 
 OURS = "darnet"
-TRACT = "tract"
 NAMES = [
     "openvino-f32",
     "onnxruntime",
@@ -34,12 +33,11 @@ NAMES = [
     "torch-eager",
     "openvino-default",
     "openvino-int8",
-    TRACT,
     OURS,
 ]
-# What keeps the runtimes to AVX2; ONNX Runtime and tract have no such switch.
+# What keeps the runtimes to AVX2; ONNX Runtime has no such switch.
 AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-UNLIMITED = ["onnxruntime", TRACT]
+UNLIMITED = ["onnxruntime"]
 # OpenVINO 2026.4 computes other logits under that limit (off by 0.8) on a processor that has AVX-512: its time is shown, its
 # output is not judged.
 NOT_JUDGED_LIMITED = ["openvino-f32"]
@@ -88,8 +86,6 @@ def session(
             if name == OURS:
                 command = [args.darnet, "bench", "inference", "--serve", "--model", model, "--threads", str(threads)]
                 command += ["--isa", args.isa] if args.isa else []
-            elif name == TRACT:
-                command = [args.tract, onnx, str(threads)]
             cache = OUT / ("inductor" if args.isa is None else f"inductor-{args.isa}")
             variables = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
             variables |= AVX2_ONLY if args.isa == "avx2" else {}
@@ -170,14 +166,9 @@ def main() -> int:
     parser.add_argument("--threads", default="1,2", help="thread counts, one session each (default 1,2)")
     parser.add_argument("--only", type=lambda text: text.split(","), help=f"some of {','.join(NAMES)}")
     parser.add_argument("--isa", choices=["avx2"], help="keep darnet, OpenVINO and PyTorch to AVX2")
-    parser.add_argument("--tract", type=pathlib.Path, help="tract's binary (`run` builds and passes it)")
     args = parser.parse_args()
     if args.rounds < 1 or (args.only and set(args.only) - set(NAMES)):
         parser.error("--rounds wants at least 1, --only names from its list")
-    if args.tract is None:
-        if args.only and TRACT in args.only:
-            parser.error("tract needs --tract FILE")
-        args.only = [name for name in args.only or NAMES if name != TRACT]
     OUT.mkdir(exist_ok=True)
     facts = machine()
     model = model_folder(args.darnet, args.model)

