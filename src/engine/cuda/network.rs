@@ -221,12 +221,7 @@ fn load_all(gpu: &Arc<Gpu>, mut sources: Vec<Source>) {
 }
 
 /// Chooses for every shape that `known` does not have; what was tried comes along.
-fn choose(
-    gpu: &Arc<Gpu>,
-    model: &Model,
-    open_cudnn: &dyn Fn(&Stream) -> Option<Cudnn>,
-    known: &mut Vec<(Shape, Choice)>,
-) -> Result<Vec<Trial>, ConvError> {
+fn choose(gpu: &Arc<Gpu>, model: &Model, known: &mut Vec<(Shape, Choice)>) -> Result<Vec<Trial>, ConvError> {
     let all = named(&model.manifest.architecture);
     let mut wanted: Vec<&Named> = Vec::new();
     for one in all.iter().flatten().flatten() {
@@ -239,7 +234,7 @@ fn choose(
     }
     let shapes: Vec<Shape> = wanted.iter().map(|w| w.shape).collect();
     let bench = Bench::new(gpu, &shapes)?;
-    let cudnn = open_cudnn(&bench.stream);
+    let cudnn = open_cudnn(&bench.stream).ok();
     if gpu.compute_capability() == (9, 0) {
         let variants = |s: &Shape| Variant::candidates(s, gpu.multiprocessors() as usize);
         let sources = shapes.iter().flat_map(|s| variants(s).into_iter().map(|v| v.source(s)));
@@ -265,8 +260,7 @@ fn choose(
 
 /// Every candidate of every convolution, tried.
 pub(super) fn trials(gpu: &Arc<Gpu>, model: &Model) -> Result<Vec<Trial>, ConvError> {
-    let open = |stream: &Stream| open_cudnn(stream).ok();
-    choose(gpu, model, &open, &mut Vec::new())
+    choose(gpu, model, &mut Vec::new())
 }
 
 fn open_cudnn(stream: &Stream) -> Result<Cudnn, String> {
@@ -289,7 +283,7 @@ impl Prepared {
         let key = Key::new(gpu, cudnn_version);
         let path = model.dir.as_ref().filter(|_| keep).map(|dir| choices::path(dir, &key));
         let mut known = path.as_ref().map(|p| choices::load(p, &key)).unwrap_or_default();
-        let tried = choose(gpu, model, &|stream| open_cudnn(stream).ok(), &mut known)?;
+        let tried = choose(gpu, model, &mut known)?;
         if let Some(path) = path.filter(|_| !tried.is_empty()) {
             choices::store(&path, &key, &known);
         }
@@ -519,8 +513,7 @@ impl Network {
         let cudnn = if prepared.cudnn_version.is_some() { open_cudnn(&stream).ok() } else { None };
         let maker = Maker { gpu, cudnn: cudnn.as_ref() };
         let architecture = &prepared.architecture;
-        let [d, ih, iw] = architecture.input_dhw;
-        let [_, oh, ow] = architecture.stem_dhw();
+        let [d, oh, ow] = architecture.stem_dhw();
         let mut longest = architecture.base_width * d * oh * ow;
         let (mut longest_shortcut, mut scratch_bytes, mut sums_len, mut most_ends) = (0, 0, 0, 0);
         for block in &prepared.blocks {
@@ -575,7 +568,6 @@ impl Network {
                 ],
             },
         });
-        debug_assert!(ih > 0 && iw > 0, "an architecture is validated");
         let order = architecture.attention_order;
         for (index, block) in prepared.blocks.iter().enumerate() {
             let conv = |part: &str, prepared: &PreparedConv, relu, places| -> Result<Step, ConvError> {
