@@ -27,6 +27,7 @@ const ARROWS: [(&str, &[&str]); 15] = [
         "train",
         &[
             "dicom",
+            "gpu",
             "volume",
             "resample",
             "scan",

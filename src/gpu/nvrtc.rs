@@ -14,8 +14,8 @@ use libloading::Library;
 
 use super::GpuError;
 
-/// File names of the library, newest first.
-const NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
+/// File names of the library, newest first. The last is libtorch's, which depends on the library and leads to it.
+const NAMES: [&str; 4] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "libcaffe2_nvrtc.so"];
 /// Where a toolkit lies when the system's search path does not have it.
 const FOLDERS: [&str; 2] = ["/usr/local/cuda/lib64", "/usr/lib/x86_64-linux-gnu"];
 /// Names a folder or file of the library and goes before all other places.

@@ -31,6 +31,11 @@ impl Stream {
         Ok(Self { gpu: Arc::clone(gpu), raw })
     }
 
+    /// The default stream, which other libraries in this process share.
+    pub fn default_of(gpu: &Arc<Gpu>) -> Self {
+        Self { gpu: Arc::clone(gpu), raw: std::ptr::null_mut() }
+    }
+
     /// The driver's handle.
     pub fn raw(&self) -> sys::CUstream {
         self.raw
@@ -190,7 +195,8 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.gpu.bind().is_ok() {
+        // The default stream is nobody's.
+        if !self.raw.is_null() && self.gpu.bind().is_ok() {
             // SAFETY: made in `new`, destroyed once; the driver finishes what it was given.
             let _ = unsafe { result::stream::destroy(self.raw) };
         }

@@ -1,8 +1,7 @@
 //! `kernels.cu` on an NVIDIA GPU: compiled at start-up by NVIDIA's run-time compiler, started through the driver.
 //!
-//! Input: libtorch's tensors. Output: libtorch's tensors. Both libraries are there already where libtorch has CUDA; they
-//! are opened by name and nothing of them is linked. Kernels run on the default stream, where libtorch computes, so
-//! that no order is left to chance.
+//! Input: libtorch's tensors. Output: libtorch's tensors. `gpu` opens driver and compiler and shares libtorch's context.
+//! Kernels run on the default stream, where libtorch computes, so that no order is left to chance.
 //!
 //! Invariants: every tensor that a kernel gets is checked for device, number format, memory order and length, so that no
 //! kernel reads or writes beyond one.
@@ -10,18 +9,16 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
-use std::ptr;
+use std::ffi::c_void;
 
-use libloading::Library;
 use tch::{Device, Kind, Tensor};
 
 use super::{Kernels, Norm, NormGradient, Planes, Shortcut};
+use crate::gpu::{Function, Gpu, GpuError, Source, Stream};
 use crate::model::architecture::BN_EPSILON;
 use crate::train::TrainError;
 use crate::train::net::BN_MOMENTUM;
 use crate::train::optimiser::{BETA1, BETA2, EPSILON};
-use crate::train::torch::loader_words;
 
 const SOURCE: &str = include_str!("kernels.cu");
 /// Threads of a block; `kernels.cu` has shared memory for as many.
@@ -42,97 +39,6 @@ const KERNELS: [&str; 11] = [
     "bn_gradients",
     "adam",
 ];
-
-/// NVIDIA's run-time compiler by file name, newest first; the last one is libtorch's own and depends on it.
-const COMPILERS: [&str; 4] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "libcaffe2_nvrtc.so"];
-const DRIVER: &str = "libcuda.so.1";
-/// CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and …_MINOR.
-const CAPABILITY: [c_int; 2] = [75, 76];
-
-type Module = *mut c_void;
-type Function = *mut c_void;
-type Launch = unsafe extern "C" fn(
-    Function,
-    c_uint,
-    c_uint,
-    c_uint,
-    c_uint,
-    c_uint,
-    c_uint,
-    c_uint,
-    *mut c_void,
-    *mut *mut c_void,
-    *mut *mut c_void,
-) -> c_int;
-
-fn symbol<F: Copy>(library: &Library, name: &'static str) -> Result<F, String> {
-    // SAFETY: every caller names the type that NVIDIA's documentation gives for the function.
-    unsafe { library.get::<F>(name.as_bytes()) }.map(|f| *f).map_err(|e| format!("find {name}: {e}"))
-}
-
-/// Machine code of the kernels for compute capability `arch`.
-fn compile(arch: (c_int, c_int), kind: Kind) -> Result<Vec<u8>, String> {
-    let mut tried = Vec::new();
-    // SAFETY: the library's initialisers are NVIDIA's own and have no precondition.
-    let library = COMPILERS.iter().find_map(|name| match unsafe { Library::new(*name) } {
-        Ok(library) => Some(library),
-        Err(error) => {
-            tried.push(loader_words(&error));
-            None
-        }
-    });
-    let library = library.ok_or_else(|| format!("no run-time compiler: {}", tried.join("; ")))?;
-    type Program = *mut c_void;
-    type Text = *const c_char;
-    let create: unsafe extern "C" fn(*mut Program, Text, Text, c_int, *const Text, *const Text) -> c_int =
-        symbol(&library, "nvrtcCreateProgram")?;
-    let build: unsafe extern "C" fn(Program, c_int, *const Text) -> c_int = symbol(&library, "nvrtcCompileProgram")?;
-    let size: unsafe extern "C" fn(Program, *mut usize) -> c_int = symbol(&library, "nvrtcGetCUBINSize")?;
-    let take: unsafe extern "C" fn(Program, *mut c_char) -> c_int = symbol(&library, "nvrtcGetCUBIN")?;
-    let log_size: unsafe extern "C" fn(Program, *mut usize) -> c_int = symbol(&library, "nvrtcGetProgramLogSize")?;
-    let log: unsafe extern "C" fn(Program, *mut c_char) -> c_int = symbol(&library, "nvrtcGetProgramLog")?;
-    let destroy: unsafe extern "C" fn(*mut Program) -> c_int = symbol(&library, "nvrtcDestroyProgram")?;
-    let text = |s: &str| CString::new(s).map_err(|_| "a zero byte in the kernels".to_owned());
-    let (source, name) = (text(SOURCE)?, text("kernels.cu")?);
-    let options = [
-        text(&format!("--gpu-architecture=sm_{}{}", arch.0, arch.1))?,
-        text(if kind == Kind::BFloat16 { "-DTYPE=1" } else { "-DTYPE=0" })?,
-        text("--std=c++17")?,
-    ];
-    let options: Vec<Text> = options.iter().map(|o| o.as_ptr()).collect();
-    let mut program: Program = ptr::null_mut();
-    // SAFETY: the strings live through the call; there are no headers.
-    if unsafe { create(&raw mut program, source.as_ptr(), name.as_ptr(), 0, ptr::null(), ptr::null()) } != 0 {
-        return Err("the compiler does not take the kernels".to_owned());
-    }
-    // SAFETY: the program was made above and is destroyed once, at the end; the buffers have the sizes that the library
-    // states, the log's with its terminating zero.
-    let made = unsafe {
-        let code = build(program, options.len() as c_int, options.as_ptr());
-        let mut n = 0usize;
-        if code != 0 {
-            let mut words = Vec::new();
-            if log_size(program, &raw mut n) == 0 && n > 0 {
-                words = vec![0u8; n];
-                log(program, words.as_mut_ptr().cast());
-            }
-            let words = String::from_utf8_lossy(&words).trim_end_matches('\0').trim().to_owned();
-            Err(format!("compile the kernels: {words}"))
-        } else if size(program, &raw mut n) != 0 || n == 0 {
-            Err("the compiler made no machine code".to_owned())
-        } else {
-            let mut code = vec![0u8; n];
-            if take(program, code.as_mut_ptr().cast()) == 0 {
-                Ok(code)
-            } else {
-                Err("the compiler keeps its machine code".to_owned())
-            }
-        }
-    };
-    // SAFETY: as above.
-    unsafe { destroy(&raw mut program) };
-    made
-}
 
 /// An argument of a kernel: eight bytes, of which a number takes the first.
 #[derive(Clone, Copy)]
@@ -159,10 +65,8 @@ impl From<i64> for Arg {
 pub struct Cuda {
     device: Device,
     kind: Kind,
-    functions: HashMap<&'static str, usize>,
-    launch: Launch,
-    /// Keeps the driver open.
-    _driver: Library,
+    functions: HashMap<&'static str, Function>,
+    stream: Stream,
 }
 
 impl Cuda {
@@ -172,47 +76,23 @@ impl Cuda {
     /// What is absent, in words.
     pub fn open(index: usize, kind: Kind) -> Result<Self, String> {
         let device = Device::Cuda(index);
-        // libtorch makes the device's context and makes it current on this thread.
+        // libtorch makes the device's primary context, which `Gpu` shares.
         let _ = Tensor::f_zeros([1], (Kind::Float, device)).map_err(|e| e.to_string())?;
-        // SAFETY: as for the compiler; libtorch has opened the driver already.
-        let driver = unsafe { Library::new(DRIVER) }.map_err(|e| loader_words(&e))?;
-        let attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int =
-            symbol(&driver, "cuDeviceGetAttribute")?;
-        let current: unsafe extern "C" fn(*mut c_int) -> c_int = symbol(&driver, "cuCtxGetDevice")?;
-        let load: unsafe extern "C" fn(*mut Module, *const c_void) -> c_int = symbol(&driver, "cuModuleLoadData")?;
-        let find: unsafe extern "C" fn(*mut Function, Module, *const c_char) -> c_int =
-            symbol(&driver, "cuModuleGetFunction")?;
-        let launch: Launch = symbol(&driver, "cuLaunchKernel")?;
-        let mut number = 0;
-        let mut arch = [0; 2];
-        // SAFETY: pointers to live integers.
-        unsafe {
-            if current(&raw mut number) != 0 {
-                return Err("libtorch has no CUDA context on this thread".to_owned());
-            }
-            for (to, which) in arch.iter_mut().zip(CAPABILITY) {
-                if attribute(to, which, number) != 0 {
-                    return Err("the driver does not tell the compute capability".to_owned());
-                }
-            }
-        }
-        let code = compile((arch[0], arch[1]), kind)?;
-        let mut module: Module = ptr::null_mut();
-        // SAFETY: `code` is a cubin that lives through the call. The module stays loaded until the process ends.
-        if unsafe { load(&raw mut module, code.as_ptr().cast()) } != 0 {
-            return Err("the driver does not load the kernels".to_owned());
-        }
-        let mut functions = HashMap::new();
-        for name in KERNELS {
-            let c_name = CString::new(name).map_err(|e| e.to_string())?;
-            let mut function: Function = ptr::null_mut();
-            // SAFETY: the module was loaded above.
-            if unsafe { find(&raw mut function, module, c_name.as_ptr()) } != 0 {
-                return Err(format!("the kernels have no {name}"));
-            }
-            functions.insert(name, function as usize);
-        }
-        Ok(Self { device, kind, functions, launch, _driver: driver })
+        let kind_option = if kind == Kind::BFloat16 { "-DTYPE=1" } else { "-DTYPE=0" };
+        let source = Source {
+            name: "kernels.cu",
+            text: SOURCE.into(),
+            options: vec![kind_option.to_owned()],
+            arch_specific: false,
+        };
+        let load = || -> Result<_, GpuError> {
+            let gpu = Gpu::open(index)?;
+            let module = gpu.load(&source)?;
+            let functions = KERNELS.iter().map(|name| Ok((*name, module.function(name, 0)?)));
+            Ok((functions.collect::<Result<_, GpuError>>()?, Stream::default_of(&gpu)))
+        };
+        let (functions, stream) = load().map_err(|e| e.to_string())?;
+        Ok(Self { device, kind, functions, stream })
     }
 
     fn fault(what: impl Into<String>) -> TrainError {
@@ -221,7 +101,7 @@ impl Cuda {
 
     /// Starts a kernel on the default stream.
     fn start(&self, name: &str, grid: [i64; 2], args: &[Arg]) -> Result<(), TrainError> {
-        let function = *self.functions.get(name).ok_or_else(|| Self::fault(format!("no kernel {name}")))?;
+        let function = self.functions.get(name).ok_or_else(|| Self::fault(format!("no kernel {name}")))?;
         let [x, y] = grid.map(|n| u32::try_from(n).ok().filter(|n| *n > 0));
         let (Some(x), Some(y)) = (x, y.filter(|y| *y <= 65_535)) else {
             return Err(Self::fault(format!("kernel {name}: a grid of {grid:?}")));
@@ -231,35 +111,8 @@ impl Cuda {
         // declares (each caller below states them in its order), and the pointers among them were checked by `activation`
         // and `numbers` to be tensors of this device with the length that the kernel touches. libtorch frees a tensor's
         // memory in the order of the same stream.
-        let code = unsafe {
-            (self.launch)(
-                function as Function,
-                x,
-                y,
-                1,
-                THREADS as c_uint,
-                1,
-                1,
-                0,
-                ptr::null_mut(),
-                pointers.as_mut_ptr(),
-                ptr::null_mut(),
-            )
-        };
-        if code == 0 { Ok(()) } else { Err(Self::fault(format!("start kernel {name}: {}", self.words(code)))) }
-    }
-
-    fn words(&self, code: c_int) -> String {
-        type Name = unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int;
-        let Ok(name) = symbol::<Name>(&self._driver, "cuGetErrorName") else { return format!("error {code}") };
-        let mut text: *const c_char = ptr::null();
-        // SAFETY: writes a pointer to a static string, or none for an unknown code.
-        unsafe {
-            if name(code, &raw mut text) != 0 || text.is_null() {
-                return format!("error {code}");
-            }
-            CStr::from_ptr(text).to_string_lossy().into_owned()
-        }
+        unsafe { self.stream.launch(function, [x, y, 1], [THREADS as u32, 1, 1], 0, &mut pointers) }
+            .map_err(|e| Self::fault(format!("kernel {name}: {e}")))
     }
 
     /// The address of an activation of the shape of `at`, channels last.
