@@ -21,7 +21,7 @@
 //! for. Nothing here panics for what a library, driver or caller does.
 //!
 //! Deliberately absent: device memory, streams and contexts (the caller's); backward passes; the choice among the
-//! candidates ([`survey()`] only measures).
+//! candidates.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -38,12 +38,10 @@ use library::{
 };
 
 mod library;
-mod survey;
 #[cfg(test)]
 mod tests;
 
 pub use library::{CudnnError, Library};
-pub use survey::{CASES, SurveyRow, TOLERANCE, survey, survey_with, table};
 
 /// Bytes to which every tensor's address is aligned, which cuDNN's vector loads need.
 pub const ALIGNMENT: u64 = 16;
@@ -51,8 +49,6 @@ pub const ALIGNMENT: u64 = 16;
 const MAX_CONFIGURATIONS: usize = 128;
 /// Most knobs of an engine; cuDNN has 44 kinds.
 const MAX_KNOBS: usize = 64;
-/// Most values of one knob that are tried; tile sizes, the longest list in cuDNN 9.19, have 21.
-const MAX_KNOB_VALUES: i64 = 64;
 /// Most notes of an engine; cuDNN has 10 numerical ones and 5 on behaviour.
 const MAX_NOTES: usize = 32;
 /// Most elements of a tensor: engines index with 32 bits.
@@ -307,15 +303,6 @@ impl Cudnn {
     /// A name that is none, or a plan that this version or device does not have; then choose again.
     pub fn plan(&self, spec: &ConvSpec, name: &str) -> Result<Candidate, CudnnError> {
         named_plan(&Target::Handle(&self.handle), spec, name)
-    }
-
-    /// The plans that differ from `of` in one knob and need at most `workspace_limit` bytes of workspace: for a search
-    /// that goes on where the heuristics end.
-    ///
-    /// # Errors
-    /// An engine that this version or device does not have.
-    pub fn neighbours(&self, of: &Candidate, workspace_limit: usize) -> Result<Vec<Candidate>, CudnnError> {
-        neighbouring_plans(&Target::Handle(&self.handle), &of.spec, &of.name, workspace_limit)
     }
 }
 
@@ -647,47 +634,6 @@ fn turned_plan(
         configuration.refer(attribute!(CUDNN_ATTR_ENGINECFG_KNOB_CHOICES), &choices)?;
     }
     build(target, spec, name, engine, &configuration.finalize()?)
-}
-
-fn neighbouring_plans(
-    target: &Target<'_>,
-    spec: &ConvSpec,
-    of: &str,
-    workspace_limit: usize,
-) -> Result<Vec<Candidate>, CudnnError> {
-    let of = PlanName::parse(of).ok_or_else(|| CudnnError::PlanName(of.to_owned()))?;
-    let engine = engine(target, &graph(target, spec, of.fusion)?, of.engine)?;
-    let knobs = engine.referred(
-        attribute!(CUDNN_ATTR_ENGINE_KNOB_INFO),
-        kind!(CUDNN_BACKEND_KNOB_INFO_DESCRIPTOR),
-        MAX_KNOBS,
-    )?;
-    let mut found = Vec::new();
-    for info in knobs {
-        let kind: KnobType = info.get_one(attribute!(CUDNN_ATTR_KNOB_INFO_TYPE))?;
-        let least: i64 = info.get_one(attribute!(CUDNN_ATTR_KNOB_INFO_MINIMUM_VALUE))?;
-        let most: i64 = info.get_one(attribute!(CUDNN_ATTR_KNOB_INFO_MAXIMUM_VALUE))?;
-        let step: i64 = info.get_one(attribute!(CUDNN_ATTR_KNOB_INFO_STRIDE))?;
-        let Some(at) = of.knobs.iter().position(|(knob, _)| *knob == kind.0) else { continue };
-        for i in 0..MAX_KNOB_VALUES {
-            let Some(value) = step.max(1).checked_mul(i).and_then(|d| least.checked_add(d)) else { break };
-            if value > most {
-                break;
-            }
-            let mut name = of.clone();
-            name.knobs[at].1 = value;
-            if name == of {
-                continue;
-            }
-            // Most combinations are refused.
-            if let Ok(plan) = turned_plan(target, spec, &name, &engine)
-                && plan.workspace <= workspace_limit
-            {
-                found.push(plan);
-            }
-        }
-    }
-    Ok(found)
 }
 
 /// What makes a plan.

@@ -136,7 +136,6 @@ macro_rules! functions {
         }
     };
 }
-pub(super) use functions;
 
 functions! {
     /// Of `cudnn_graph.h`.
