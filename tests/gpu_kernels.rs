@@ -20,9 +20,6 @@ const ARCHITECTURES: [&str; 6] = ["75", "80", "86", "89", "90", "120"];
 /// What a source is compiled for that uses instructions of one architecture alone.
 const SPECIFIC: &str = "90a";
 
-/// Layers of the network between the convolutions: they use tensor cores in shapes that Turing does not have.
-const NETWORK: &str = "layers.cu";
-
 /// Every source of the program.
 fn sources() -> Vec<Source> {
     let of_backend = darnet::engine::cuda::sources();
@@ -62,11 +59,7 @@ for name in ('nvidia.cu13', 'nvidia.cuda_nvrtc'):
 fn every_kernel_compiles_for_every_architecture() {
     let nvrtc = Nvrtc::open_in(&compiler()).unwrap();
     for source in sources() {
-        let architectures = match source.name {
-            _ if source.arch_specific => &[SPECIFIC][..],
-            NETWORK => &ARCHITECTURES[1..],
-            _ => &ARCHITECTURES[..],
-        };
+        let architectures = if source.arch_specific { &[SPECIFIC][..] } else { &ARCHITECTURES[..] };
         for arch in architectures {
             for product in [Product::Cubin, Product::Ptx] {
                 let made = nvrtc

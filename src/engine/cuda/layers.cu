@@ -108,10 +108,22 @@ stem(const float* __restrict__ x, const uint2* __restrict__ weights, const float
 #pragma unroll
                 for (int j = 0; j < COLUMN_TILES; j++) {
                     float* c = acc[g][j];
+#if __CUDA_ARCH__ >= 800
                     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
                         " {%0, %1, %2, %3};"
                         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[j].x), "r"(b[j].y));
+#else
+                    // Turing has the same product in two steps of 8: the operands of the longer one are those of both.
+                    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
+                        " {%0, %1, %2, %3};"
+                        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                        : "r"(a0), "r"(a1), "r"(b[j].x));
+                    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
+                        " {%0, %1, %2, %3};"
+                        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                        : "r"(a2), "r"(a3), "r"(b[j].y));
+#endif
                 }
             }
         }
