@@ -44,6 +44,9 @@ impl Default for TorchOptions {
     }
 }
 
+/// What the heap grows by at the least. One activation of a full-size network has 103 MB.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const TOP_PAD_BYTES: libc::c_int = 64 << 20;
 const CUDA_LIBRARY: &str = "libtorch_cuda.so";
 /// Largest accepted list of mappings: a process has at most 65,530 by Linux's default, of about 120 bytes a line.
 const MAX_MAPS_BYTES: u64 = 16 << 20;
@@ -68,7 +71,7 @@ fn cuda_candidates(maps: &str, libtorch: Option<&Path>) -> Vec<PathBuf> {
 }
 
 /// What the loader said, which libloading keeps as the cause of its error.
-pub(super) fn loader_words(error: &libloading::Error) -> String {
+fn loader_words(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
@@ -104,11 +107,27 @@ fn open_cuda() -> &'static Result<PathBuf, String> {
     })
 }
 
+/// Lets glibc keep what a training step frees. Left alone, it maps every large activation anew and hands it back, so that
+/// each step clears the same pages again. M_MMAP_MAX and not M_MMAP_THRESHOLD, whose largest value is 32 MiB.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn keep_freed_memory() {
+    // SAFETY: mallopt sets numbers of the allocator and may be called at any time; one that it refuses is left as it was.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        libc::mallopt(libc::M_TOP_PAD, TOP_PAD_BYTES);
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn keep_freed_memory() {}
+
 /// Prepares libtorch. Call before anything else of it.
 ///
 /// # Errors
 /// Determinism or precision switches that this libtorch lacks.
 pub fn init(options: &TorchOptions) -> Result<(), TrainError> {
+    keep_freed_memory();
     let _ = open_cuda();
     if options.threads > 0 {
         tch::set_num_threads(i32::try_from(options.threads).unwrap_or(i32::MAX));
