@@ -23,6 +23,7 @@ pub use crate::model::manifest::SourceWindow;
 
 use crate::model::manifest::{Manifest, Preprocessing};
 use crate::train::error::TrainDataError;
+use crate::train::folder_of;
 use crate::train::layout::*;
 use crate::train::map::MappedFile;
 use crate::volume::layout::Field;
@@ -216,7 +217,7 @@ pub(crate) fn write_atomically(
     fill: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>,
 ) -> Result<(), TrainDataError> {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let folder = path.parent().unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let temporary = folder.join(format!("{TEMPORARY}{name}"));
     let written = File::create(&temporary).and_then(|file| {
         let mut out = BufWriter::with_capacity(1 << 20, file);

@@ -196,6 +196,9 @@ pub struct TrainArgs {
     /// Zoom goes from 1 - this to 1 + this
     #[arg(long, default_value_t = 0.1)]
     zoom: f64,
+    /// Weight of a term that draws the map of the true class to the lesion masks; 0 is the paper's
+    #[arg(long, value_name = "WEIGHT", default_value_t = 0.0)]
+    lesion_weight: f64,
     /// Start from this model's weights
     #[arg(long, value_name = "MODEL_DIR")]
     init: Option<PathBuf>,
@@ -239,6 +242,7 @@ impl TrainArgs {
             precision: self.device.precision,
             channels_last: self.device.channels_last(device),
             fused: self.device.fused == Switch::On,
+            lesion_weight: self.lesion_weight,
         }
     }
 
@@ -482,6 +486,9 @@ pub struct EvaluateArgs {
     /// Which of the split: `test`, or a fold's number for its validation scans
     #[arg(long, default_value = "test", requires = "split")]
     set: String,
+    /// Write the figures into each model's manifest too, under names that begin with this
+    #[arg(long, value_name = "PREFIX", requires = "cache")]
+    record: Option<String>,
     /// Where the tables and pictures go
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -527,6 +534,13 @@ pub fn evaluate(args: &EvaluateArgs) -> anyhow::Result<()> {
             std::fs::create_dir_all(&args.out)?;
             let file = args.out.join(format!("{}.csv", judged.name));
             super::report::write_predictions(&file, cache.class_names(), &judged.predictions)?;
+            if let Some(prefix) = &args.record {
+                let model = judge::load_model(path)?;
+                let dir = model.dir.as_ref().context("the model has no folder")?;
+                let mut manifest = model.manifest;
+                manifest.scores.extend(super::report::manifest_scores(prefix, &judged.evaluation));
+                super::write_atomic(&dir.join(crate::model::MANIFEST_FILE), manifest.to_toml()?.as_bytes())?;
+            }
             rows.push(judged);
         }
     } else {

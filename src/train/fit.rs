@@ -70,6 +70,9 @@ pub struct FitOptions {
     /// Whether GPUs take the fused way between convolutions where they can; another rounding.
     #[serde(default = "yes")]
     pub fused: bool,
+    /// Weight of the term that draws the map of the true class to the lesion mask, where a scan has one; 0 is the paper's.
+    #[serde(default)]
+    pub lesion_weight: f64,
 }
 
 fn yes() -> bool {
@@ -92,6 +95,7 @@ impl FitOptions {
             precision: Precision::Fp32,
             channels_last: false,
             fused: true,
+            lesion_weight: 0.0,
         }
     }
 
@@ -112,6 +116,8 @@ impl FitOptions {
         check(finite, "lr", "more than 0".to_owned(), self.learning_rate.to_string())?;
         let falls = self.lr_factor > 0.0 && self.lr_factor <= 1.0;
         check(falls, "lr-factor", "more than 0, at most 1".to_owned(), self.lr_factor.to_string())?;
+        let weight = (0.0..=1000.0).contains(&self.lesion_weight);
+        check(weight, "lesion-weight", "0 to 1000".to_owned(), self.lesion_weight.to_string())?;
         check(self.lr_every > 0, "lr-every", "at least 1".to_owned(), self.lr_every.to_string())
     }
 }
@@ -221,6 +227,7 @@ pub struct Engine {
     adam: Adam,
     precision: Precision,
     micro_batch: usize,
+    lesion_weight: f64,
 }
 
 impl Engine {
@@ -246,7 +253,9 @@ impl Engine {
             .iter()
             .map(|&device| Replica::of_weights(&layout, device, weights))
             .collect::<Result<Vec<_>, TrainError>>()?;
-        let opened = if options.fused {
+        let opened = if options.lesion_weight > 0.0 {
+            Err("lesion masks are trained on, which the fused way does not know".to_owned())
+        } else if options.fused {
             devices.iter().map(|&device| Fused::open(device, &layout, options.precision)).collect()
         } else {
             Err("it is turned off".to_owned())
@@ -258,7 +267,16 @@ impl Engine {
         let adam = Adam::new(layout.len(), first)?;
         let share = options.batch.div_ceil(devices.len());
         let micro_batch = if options.micro_batch == 0 { share } else { options.micro_batch.min(share) };
-        Ok(Self { layout, replicas, fused, plain_because, adam, precision: options.precision, micro_batch })
+        Ok(Self {
+            layout,
+            replicas,
+            fused,
+            plain_because,
+            adam,
+            precision: options.precision,
+            micro_batch,
+            lesion_weight: options.lesion_weight,
+        })
     }
 
     fn device(&self) -> Device {
@@ -282,16 +300,18 @@ impl Engine {
         learning_rate: f64,
     ) -> Result<StepOutcome, TrainError> {
         let mut scaler = super::optimiser::Scaler::default();
-        self.scaled_step(volumes, labels, poses, learning_rate, &mut scaler).map_err(|fault| match fault {
+        self.scaled_step(volumes, None, labels, poses, learning_rate, &mut scaler).map_err(|fault| match fault {
             Fault::Loss => unnamed("loss"),
             Fault::Gradient => unnamed("gradient"),
             Fault::Other(error) => error,
         })
     }
 
+    /// [`Engine::step`] with lesion masks beside the volumes, if there are any.
     fn scaled_step(
         &mut self,
         volumes: &Tensor,
+        lesions: Option<&Tensor>,
         labels: &[i64],
         poses: &[Pose],
         learning_rate: f64,
@@ -304,7 +324,8 @@ impl Engine {
         let (layout, precision, devices) = (&self.layout, self.precision, self.replicas.len());
         let fused = &self.fused;
         // Chunk i goes to device i mod the number of devices; sums are in this order whatever finishes first.
-        let work = |replica: &Replica, number: usize, volumes: &Tensor| {
+        let lesion_weight = self.lesion_weight;
+        let work = |replica: &Replica, number: usize, volumes: &Tensor, lesions: Option<&Tensor>| {
             let mut found: Option<(Gradient, Tensor)> = None;
             for &(at, len) in chunks.iter().skip(number).step_by(devices) {
                 let part = volumes.f_narrow(0, at as i64, len as i64)?;
@@ -318,9 +339,23 @@ impl Engine {
                 let Step { gradient, loss, logits } = match fused.get(number) {
                     Some(fused) => fused.step(layout, replica, &leaves, &x, &target, share * scale)?,
                     None => {
-                        let logits = replica.forward(layout, &leaves, &x, true)?;
+                        let (logits, term) = match lesions {
+                            None => (replica.forward(layout, &leaves, &x, true)?, None),
+                            Some(lesions) => {
+                                let part = lesions.f_narrow(0, at as i64, len as i64)?;
+                                let part = augment::upload(&part, replica.device)?;
+                                let seen = augment::apply(&part, &poses[at..at + len])?;
+                                let (logits, term) =
+                                    replica.forward_with_lesions(layout, &leaves, &x, &target, &seen)?;
+                                (logits, Some(term))
+                            }
+                        };
                         let loss = logits.f_cross_entropy_loss(&target, None::<Tensor>, Reduction::Mean, -100, 0.0)?;
-                        let gradient = replica.gradient(layout, &loss.f_mul_scalar(share * scale)?, &leaves)?;
+                        let goal = match term {
+                            None => loss.shallow_clone(),
+                            Some(term) => loss.f_add(&term.f_mul_scalar(lesion_weight)?)?,
+                        };
+                        let gradient = replica.gradient(layout, &goal.f_mul_scalar(share * scale)?, &leaves)?;
                         Step { gradient, loss, logits }
                     }
                 };
@@ -337,7 +372,7 @@ impl Engine {
             Ok::<_, TrainError>(found)
         };
         let results: Vec<Result<Option<(Gradient, Tensor)>, TrainError>> = if devices == 1 {
-            vec![work(&self.replicas[0], 0, volumes)]
+            vec![work(&self.replicas[0], 0, volumes, lesions)]
         } else {
             std::thread::scope(|scope| {
                 let work = &work;
@@ -346,8 +381,8 @@ impl Engine {
                     .iter_mut()
                     .enumerate()
                     .map(|(number, replica)| {
-                        let volumes = volumes.shallow_clone();
-                        scope.spawn(move || work(replica, number, &volumes))
+                        let (volumes, lesions) = (volumes.shallow_clone(), lesions.map(Tensor::shallow_clone));
+                        scope.spawn(move || work(replica, number, &volumes, lesions.as_ref()))
                     })
                     .collect();
                 let lost = || TrainError::Torch("a device's thread ended with a panic".to_owned());
@@ -476,7 +511,7 @@ fn predict(
     let mut predictions = Vec::with_capacity(indices.len());
     let mut loss = 0.0;
     std::thread::scope(|scope| {
-        let batches = loader::prefetch(scope, data, plan, engine.device());
+        let batches = loader::prefetch(scope, data, plan, engine.device(), false);
         for batch in batches {
             let batch = batch?;
             let poses: Vec<Pose> = batch.indices.iter().map(|&i| pose(i)).collect();
@@ -790,8 +825,9 @@ impl Session<'_> {
         let rate = self.learning_rate();
         let data = self.data;
         let device = self.engine.device();
+        let lesions = self.options.lesion_weight > 0.0;
         std::thread::scope(|scope| {
-            let batches = loader::prefetch(scope, data, plan, device);
+            let batches = loader::prefetch(scope, data, plan, device, lesions);
             loop {
                 let asked = Instant::now();
                 let Ok(batch) = batches.recv() else { return Ok(()) };
@@ -825,7 +861,7 @@ impl Session<'_> {
         };
         let outcome = self
             .engine
-            .scaled_step(&batch.volumes, &batch.labels, &poses, rate, &mut self.state.scaler)
+            .scaled_step(&batch.volumes, batch.lesions.as_ref(), &batch.labels, &poses, rate, &mut self.state.scaler)
             .map_err(|fault| match fault {
                 Fault::Loss => not_finite("the loss"),
                 Fault::Gradient => not_finite("the gradient"),
@@ -1052,4 +1088,53 @@ pub fn half_safetensors(weights: &Weights, architecture: &Architecture) -> Resul
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
         .map_err(bad)?;
     safetensors::serialize(views, None).map_err(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::net::initial_weights;
+
+    #[test]
+    fn lesion_masks_draw_the_map_of_the_class_to_the_lesion() {
+        // 1 x 2 x 2 cells; the lesion fills one of the quadrants, its brightness tells the class.
+        const SIDE: usize = 32;
+        let architecture = Architecture { base_width: 4, input_dhw: [8, SIDE, SIDE], ..Architecture::full() };
+        assert_eq!(architecture.feature_shape_cdhw()[1..], [1, 2, 2]);
+        let voxels = 8 * SIDE * SIDE;
+        let (mut volumes, mut lesions, mut labels) = (Vec::new(), Vec::new(), Vec::new());
+        for scan in 0..12 {
+            let (quadrant, class) = (scan % 4, scan % 3);
+            for at in 0..voxels {
+                let (row, column) = (at / SIDE % SIDE, at % SIDE);
+                let on = (row / (SIDE / 2), column / (SIDE / 2)) == (quadrant / 2, quadrant % 2);
+                volumes.push(if on { 0.5 + 0.2 * class as f32 } else { 0.2 });
+                lesions.push(if on { 1.0f32 } else { 0.0 });
+            }
+            labels.push(class as i64);
+        }
+        let shaped = |values: &[f32]| Tensor::from_slice(values).view([12, 8, SIDE as i64, SIDE as i64]);
+        let (volumes, lesions) = (shaped(&volumes), shaped(&lesions));
+        let term_after_training = |lesion_weight: f64, micro_batch: usize| {
+            let options =
+                FitOptions { lesion_weight, micro_batch, batch: 12, ..FitOptions::paper(architecture.clone()) };
+            let mut engine = Engine::new(&options, &[Device::Cpu], &initial_weights(&architecture, 1)).unwrap();
+            let mut scaler = super::super::optimiser::Scaler::default();
+            let masks = (lesion_weight > 0.0).then_some(&lesions);
+            for _ in 0..30 {
+                let poses = [Pose::IDENTITY; 12];
+                assert!(engine.scaled_step(&volumes, masks, &labels, &poses, 3e-3, &mut scaler).is_ok());
+            }
+            let replica = &engine.replicas[0];
+            let leaves = replica.leaves(&engine.layout, Precision::Fp32).unwrap();
+            let (x, target) = (volumes.unsqueeze(1), Tensor::from_slice(&labels));
+            let both = replica.forward_with_lesions(&engine.layout, &leaves, &x, &target, &lesions).unwrap();
+            both.1.double_value(&[])
+        };
+        // One of four cells: ln 4 when the map knows nothing.
+        let (with, in_parts, without) =
+            (term_after_training(1.0, 0), term_after_training(1.0, 6), term_after_training(0.0, 0));
+        assert!(with < 0.5 && in_parts < 0.5, "{with} and {in_parts}");
+        assert!(without > 2.0 * with, "{without} without masks, {with} with them");
+    }
 }

@@ -289,6 +289,11 @@ impl Dataset for MemoryDataset {
     }
 }
 
+/// The folder that a file is in; that of a bare name is the present one, and never the empty path.
+pub(crate) fn folder_of(path: &std::path::Path) -> &std::path::Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."))
+}
+
 /// Writes a file that is either the old one or the new one, whole, whatever happens.
 pub(crate) fn write_atomic(path: &std::path::Path, bytes: &[u8]) -> Result<(), TrainError> {
     use std::io::Write;
@@ -308,6 +313,20 @@ pub(crate) fn write_atomic(path: &std::path::Path, bytes: &[u8]) -> Result<(), T
         return Err(TrainError::Io { action: "write", path: path.to_path_buf(), source });
     }
     std::fs::rename(&part, path).map_err(io("rename", &part))?;
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
+    let folder = folder_of(path);
     std::fs::File::open(folder).and_then(|f| f.sync_all()).map_err(io("sync", folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::folder_of;
+
+    #[test]
+    fn a_bare_file_name_is_in_the_present_folder() {
+        assert_eq!(folder_of(Path::new("split.csv")), Path::new("."));
+        assert_eq!(folder_of(Path::new("out/split.csv")), Path::new("out"));
+        assert_eq!(folder_of(Path::new("/split.csv")), Path::new("/"));
+    }
 }

@@ -445,6 +445,38 @@ impl Replica {
         Ok(self.pass(layout, leaves, train).logits(x)?.0)
     }
 
+    /// In training, the logits and how far the maps of the true classes `target` are from `lesions`.
+    ///
+    /// The map of a class is the weighted sum of the last feature map with that class's row of the head, as in explaining.
+    /// Its softmax over cells is compared with the share of the lesion in each cell by cross-entropy; the result is the
+    /// mean over the batch, in which a scan without lesion counts as 0. A constant added to a map changes nothing, so the
+    /// term says where lesion is and leaves it to the classification how much of it makes a class.
+    ///
+    /// `x` is `N x 1 x D x H x W`, `lesions` `N x D x H x W`, 1 on lesion, both f32.
+    ///
+    /// # Errors
+    /// As [`Replica::forward`].
+    pub fn forward_with_lesions(
+        &self,
+        layout: &Layout,
+        leaves: &[Tensor],
+        x: &Tensor,
+        target: &Tensor,
+        lesions: &Tensor,
+    ) -> Result<(Tensor, Tensor), TrainError> {
+        let pass = self.pass(layout, leaves, true);
+        let (logits, _, map) = pass.logits(x)?;
+        let (n, c, d, h, w) = map.size5()?;
+        let cells = d * h * w;
+        let share = lesions.f_unsqueeze(1)?.f_adaptive_avg_pool3d([d, h, w])?.f_reshape([n, cells])?;
+        let all = share.f_sum_dim_intlist(&[1i64][..], true, Kind::Float)?;
+        let share = share.f_div(&all.f_clamp_min(f64::from(f32::MIN_POSITIVE))?)?;
+        let rows = pass.parameter("fc.weight").f_to_kind(Kind::Float)?.f_index_select(0, target)?;
+        let maps = rows.f_reshape([n, 1, c])?.f_bmm(&map.f_reshape([n, c, cells])?)?.f_reshape([n, cells])?;
+        let term = maps.f_log_softmax(-1, Kind::Float)?.f_mul(&share)?.f_sum(Kind::Float)?;
+        Ok((logits, term.f_mul_scalar(-1.0 / n as f64)?))
+    }
+
     /// Logits, the pooled vector `N x C` and the last feature map `N x C x D x H x W`, all f32, in evaluation.
     ///
     /// # Errors
@@ -686,6 +718,43 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_lesion_term_is_the_cross_entropy_of_map_and_mask() {
+        // The map has 1 x 2 x 2 cells.
+        let architecture = small();
+        let layout = Layout::new(&architecture, true).unwrap();
+        let net = Replica::of_weights(&layout, Device::Cpu, &initial_weights(&architecture, 3)).unwrap();
+        let leaves = net.leaves(&layout, Precision::Fp32).unwrap();
+        let [d, h, w] = architecture.input_dhw.map(|n| n as i64);
+        let x = Tensor::cat(
+            &[input(architecture.input_dhw), input(architecture.input_dhw) * 0.5, input(architecture.input_dhw) * 0.3],
+            0,
+        );
+        let target = Tensor::from_slice(&[1i64, 0, 2]);
+        // The first scan's lesion is in the right half, the second's everywhere, the third has none.
+        let lesions = Tensor::zeros([3, d, h, w], (Kind::Float, Device::Cpu));
+        let _ = lesions.get(0).narrow(2, w / 2, w / 2).fill_(1.0);
+        let _ = lesions.get(1).fill_(1.0);
+        let (logits, term) = net.forward_with_lesions(&layout, &leaves, &x, &target, &lesions).unwrap();
+        let (plain, _, map) = net.pass(&layout, &leaves, true).logits(&x).unwrap();
+        assert!((&logits - &plain).abs().max().double_value(&[]) < 1e-6);
+        let (n, c, cells) = (3, map.size()[1], map.size()[2..].iter().product::<i64>());
+        assert_eq!(cells, 4);
+        let map = map.contiguous().view([n, c, cells]);
+        let head = &leaves[layout.index["fc.weight"]];
+        let mut expected = 0.0;
+        for (scan, shares) in [(0, [0.0, 0.5, 0.0, 0.5]), (1, [0.25; 4])] {
+            let class = target.int64_value(&[scan]);
+            let at = |cell: i64| -> f64 {
+                (0..c).map(|k| head.double_value(&[class, k]) * map.double_value(&[scan, k, cell])).sum()
+            };
+            let all = (0..cells).map(|cell| at(cell).exp()).sum::<f64>().ln();
+            expected -= shares.iter().enumerate().map(|(cell, q)| q * (at(cell as i64) - all)).sum::<f64>() / n as f64;
+        }
+        let got = term.double_value(&[]);
+        assert!((got - expected).abs() < 1e-5, "{got}, expected {expected}");
     }
 
     #[test]

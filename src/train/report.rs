@@ -88,6 +88,13 @@ pub fn manifest_scores(prefix: &str, e: &Evaluation) -> BTreeMap<String, f64> {
     scores
 }
 
+/// Scans of all `evaluations` by true class (rows) and judged class.
+fn summed_confusion(evaluations: &[&Evaluation]) -> Vec<Vec<usize>> {
+    let k = evaluations.first().map_or(0, |e| e.classes.len());
+    let cell = |r: usize, c: usize| evaluations.iter().map(|e| e.confusion[r][c]).sum();
+    (0..k).map(|r| (0..k).map(|c| cell(r, c)).collect()).collect()
+}
+
 /// A CSV field, quoted where it must be.
 fn field(text: &str) -> String {
     if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.to_owned() }
@@ -201,11 +208,11 @@ pub fn markdown(d: &Document) -> String {
         let found = d.summary.iter().find(|(v, f, _, _)| v == variant && f == figure);
         found.map_or("–".to_owned(), |(_, _, m, s)| format!("{:.2} ± {:.2}", 100.0 * m, 100.0 * s))
     };
-    let head = |out: &mut String, first: &str, names: &[&str]| {
+    let head = |out: &mut String, first: &str, names: &[String]| {
         let _ = writeln!(out, "| {first} | {} |", names.join(" | "));
         let _ = writeln!(out, "|---|{}", "---|".repeat(names.len()));
     };
-    let names: Vec<&str> = FIGURES.iter().map(|(n, _)| *n).collect();
+    let names: Vec<String> = FIGURES.iter().map(|(n, _)| (*n).to_owned()).collect();
     for v in &d.variants {
         let _ = write!(out, "\n## Results of {} by row (shape of Table II), percent\n\n", v.name);
         head(&mut out, "row", &names);
@@ -227,10 +234,19 @@ pub fn markdown(d: &Document) -> String {
             };
             let _ = writeln!(out, "- {row}: {}", e.target().map_or("–".to_owned(), part));
         }
+        let evaluations: Vec<&Evaluation> = v.rows.iter().map(|(_, e)| e).collect();
+        if let Some(first) = evaluations.first() {
+            out.push_str("\nConfusion, scans of all rows:\n\n");
+            head(&mut out, "true", &first.classes.iter().map(|c| format!("judged {c}")).collect::<Vec<_>>());
+            for (class, judged) in first.classes.iter().zip(summed_confusion(&evaluations)) {
+                let cells: Vec<String> = judged.iter().map(ToString::to_string).collect();
+                let _ = writeln!(out, "| {class} | {} |", cells.join(" | "));
+            }
+        }
     }
     if d.variants.len() > 1 {
         out.push_str("\n## Ablation (shape of Table III), percent, mean ± sd over rows\n\n");
-        let wanted = ["accuracy (three-way)", "AUC", "sensitivity", "specificity", "F1"];
+        let wanted = ["accuracy (three-way)", "AUC", "sensitivity", "specificity", "F1"].map(str::to_owned);
         head(&mut out, "network | parameters", &wanted);
         out = out.replace("|---|---|---|---|---|---|\n", "|---|---|---|---|---|---|---|\n");
         for v in &d.variants {
@@ -331,14 +347,8 @@ pub fn write_pictures(dir: &Path, rows: &[Judged]) -> Result<(), TrainError> {
         })
         .collect();
     plot::roc_picture(&lines).save(&dir.join("roc.png"))?;
-    let k = first.evaluation.classes.len();
-    let mut sum = vec![vec![0usize; k]; k];
-    for (r, row) in sum.iter_mut().enumerate() {
-        for (c, cell) in row.iter_mut().enumerate() {
-            *cell = rows.iter().map(|j| j.evaluation.confusion[r][c]).sum();
-        }
-    }
-    plot::confusion_picture(&sum, &first.evaluation.classes).save(&dir.join("confusion.png"))
+    let all: Vec<&Evaluation> = rows.iter().map(|j| &j.evaluation).collect();
+    plot::confusion_picture(&summed_confusion(&all), &first.evaluation.classes).save(&dir.join("confusion.png"))
 }
 
 #[cfg(test)]
@@ -384,7 +394,10 @@ mod tests {
         write_document(dir.path(), &d).unwrap();
         write_pictures(dir.path(), &[judged("fold-0")]).unwrap();
         let md = std::fs::read_to_string(dir.path().join("evaluation.md")).unwrap();
-        for text in ["Table II)", "Table III)", "Table IV)", "100.00 ± 0.00", "three-way accuracy; both are printed"] {
+        let confusion = "| cp | 6 | 0 | 0 |\n| covid19 | 0 | 6 | 0 |";
+        for text in
+            ["Table II)", "Table III)", "Table IV)", "100.00 ± 0.00", "three-way accuracy; both are printed", confusion]
+        {
             assert!(md.contains(text), "{text}\n{md}");
         }
         let json = std::fs::read_to_string(dir.path().join("evaluation.json")).unwrap();

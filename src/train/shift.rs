@@ -2,6 +2,7 @@
 //!
 //! Input: a model with a calibration, a number of phantoms drawn from the training ranges. Output: a [`ShiftDocument`]:
 //! the same patients along four axes, each in steps away from what training has seen, with accuracy and flags at each.
+//! What the scanner would refuse (a window in which no lung is found) counts as caught like a flag.
 //!
 //! | axis | steps |
 //! |---|---|
@@ -37,7 +38,7 @@ pub const STEPS: usize = 4;
 pub const MAX_COUNT: usize = 500;
 /// Accuracy has fallen when it is this much below that without a shift.
 pub const FALLEN: f64 = 0.1;
-/// The score has risen when so many times more scans are flagged than without a shift, a tenth of them at least.
+/// The score has risen when so many times more scans are flagged or refused than without a shift, a tenth of them at least.
 pub const RISEN: f64 = 2.0;
 
 /// What is shifted.
@@ -62,14 +63,16 @@ pub struct ShiftRow {
     pub step: usize,
     /// What the step is.
     pub what: String,
-    /// Scans judged; others were refused.
+    /// Scans judged.
     pub scans: usize,
-    /// Share whose class is right.
-    pub accuracy: f64,
-    /// Share that is flagged.
+    /// Scans that were refused, as the scanner would.
+    pub refused: usize,
+    /// Share of those judged whose class is right; none where all were refused.
+    pub accuracy: Option<f64>,
+    /// Share of all that is flagged or refused.
     pub flagged: f64,
-    /// Median score; 1 is the limit.
-    pub score: f64,
+    /// Median score of those judged; 1 is the limit.
+    pub score: Option<f64>,
 }
 
 /// Where an axis lets the score rise and accuracy fall.
@@ -243,9 +246,10 @@ pub fn run(
             )?;
             let indices: Vec<usize> = (0..data.len()).collect();
             let answers = Answers::of(model, &data, &indices, options.threads)?;
-            if answers.is_empty() {
-                return Err(TrainError::Data(format!("{axis}, step {step}: every phantom was refused")));
+            if answers.is_empty() && step == 0 {
+                return Err(TrainError::Data("every phantom was refused as it is".to_owned()));
             }
+            let refused = made.len() - answers.len();
             let mut scores: Vec<f64> = answers.pooled.iter().filter_map(|f| reference.score(f)).collect();
             scores.sort_unstable_by(f64::total_cmp);
             let flagged = scores.iter().filter(|s| **s > 1.0).count();
@@ -254,9 +258,10 @@ pub fn run(
                 step,
                 what: what(axis, step),
                 scans: answers.len(),
-                accuracy: answers.accuracy(),
-                flagged: flagged as f64 / answers.len() as f64,
-                score: scores.get(scores.len() / 2).copied().unwrap_or(f64::NAN),
+                refused,
+                accuracy: (!answers.is_empty()).then(|| answers.accuracy()),
+                flagged: (flagged + refused) as f64 / made.len() as f64,
+                score: scores.get(scores.len() / 2).copied(),
             });
         }
     }
@@ -272,10 +277,10 @@ pub fn run(
 
 fn verdict(axis: &str, rows: &[ShiftRow]) -> ShiftVerdict {
     let of: Vec<&ShiftRow> = rows.iter().filter(|r| r.axis == axis).collect();
-    let base = of.first().map_or((0.0, 0.0), |r| (r.accuracy, r.flagged));
+    let base = of.first().map_or((0.0, 0.0), |r| (r.accuracy.unwrap_or(0.0), r.flagged));
     let rises = (RISEN * base.1).max(0.1);
     let rises_at = of.iter().skip(1).find(|r| r.flagged >= rises).map(|r| r.step);
-    let falls_at = of.iter().skip(1).find(|r| r.accuracy < base.0 - FALLEN).map(|r| r.step);
+    let falls_at = of.iter().skip(1).find(|r| r.accuracy.is_some_and(|a| a < base.0 - FALLEN)).map(|r| r.step);
     let in_time = match (rises_at, falls_at) {
         (_, None) => true,
         (Some(rises), Some(falls)) => rises <= falls,
@@ -287,18 +292,22 @@ fn verdict(axis: &str, rows: &[ShiftRow]) -> ShiftVerdict {
 /// The document as Markdown.
 pub fn markdown(document: &ShiftDocument) -> String {
     let mut out = format!("# Model {} on shifted phantoms\n\n", document.model);
-    out.push_str("| axis | step | scans | accuracy, % | flagged, % | median score (1 is the limit) |\n");
-    out.push_str("|---|---|---|---|---|---|\n");
+    out.push_str(
+        "| axis | step | judged | refused | accuracy, % | flagged or refused, % | median score (1 is the limit) |\n",
+    );
+    out.push_str("|---|---|---|---|---|---|---|\n");
+    let number = |v: Option<f64>, digits: usize| v.map_or("–".to_owned(), |v| format!("{v:.digits$}"));
     for r in &document.rows {
         let _ = writeln!(
             out,
-            "| {} | {} | {} | {:.1} | {:.1} | {:.2} |",
+            "| {} | {} | {} | {} | {} | {:.1} | {} |",
             r.axis,
             r.what,
             r.scans,
-            100.0 * r.accuracy,
+            r.refused,
+            number(r.accuracy.map(|a| 100.0 * a), 1),
             100.0 * r.flagged,
-            r.score
+            number(r.score, 2)
         );
     }
     out.push('\n');
@@ -328,11 +337,16 @@ pub fn write(dir: &Path, document: &ShiftDocument) -> Result<(), TrainError> {
     write_atomic(&dir.join("shift.md"), markdown(document).as_bytes())?;
     let mut picture = Picture::new(1040, 820);
     for (i, axis) in AXES.iter().enumerate() {
-        let line = |name: &str, y: fn(&ShiftRow) -> f64| Line {
+        let line = |name: &str, y: fn(&ShiftRow) -> Option<f64>| Line {
             name: name.to_owned(),
-            points: document.rows.iter().filter(|r| r.axis == *axis).map(|r| [r.step as f64, y(r)]).collect(),
+            points: document
+                .rows
+                .iter()
+                .filter(|r| r.axis == *axis)
+                .filter_map(|r| Some([r.step as f64, y(r)?]))
+                .collect(),
         };
-        let lines = [line("ACCURACY", |r| r.accuracy), line("FLAGGED", |r| r.flagged)];
+        let lines = [line("ACCURACY", |r| r.accuracy), line("FLAGGED", |r| Some(r.flagged))];
         let place = [60 + 520 * (i as i64 % 2), 40 + 400 * (i as i64 / 2), 430, 320];
         let frame = Frame { place, x: [0.0, STEPS as f64], y: [0.0, 1.0] };
         plot::chart(&mut picture, &frame, &axis.to_uppercase(), &lines);
@@ -345,7 +359,8 @@ mod tests {
     use super::*;
 
     fn row(axis: &str, step: usize, accuracy: f64, flagged: f64) -> ShiftRow {
-        ShiftRow { axis: axis.into(), step, what: String::new(), scans: 10, accuracy, flagged, score: 1.0 }
+        let accuracy = Some(accuracy).filter(|a| a.is_finite());
+        ShiftRow { axis: axis.into(), step, what: String::new(), scans: 10, refused: 0, accuracy, flagged, score: None }
     }
 
     #[test]
@@ -360,6 +375,9 @@ mod tests {
         let v = verdict("dose", &rows(&[(0.9, 0.1), (0.89, 0.1)]));
         assert_eq!((v.rises_at, v.falls_at, v.in_time), (None, None, true));
         assert!(!verdict("dose", &rows(&[(0.9, 0.0), (0.5, 0.0)])).in_time);
+        // All refused: nothing is wrong, and everything is caught.
+        let v = verdict("dose", &rows(&[(0.9, 0.0), (f64::NAN, 1.0), (0.5, 1.0)]));
+        assert_eq!((v.rises_at, v.falls_at, v.in_time), (Some(1), Some(2), true));
     }
 
     #[test]
