@@ -362,5 +362,6 @@ fn most_is_reused_when_the_extent_is_known_and_declared() {
     let document = running.result();
     let share = document["latency"]["reused_share"].as_f64().expect("a backend that computes ahead");
     println!("reused {share}");
-    assert!(share > 0.8, "{share}");
+    // The last slice reaches the last planes of the input, and three convolutions carry each one plane further: five of 24.
+    assert!(share > 0.7, "{share}");
 }

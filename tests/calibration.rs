@@ -4,11 +4,11 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{Daemon, darnet, phantom_series};
+use common::{Daemon, darnet, phantom_series, real_data};
 use darnet::dicom::scu::{SendOptions, send};
 use darnet::model::manifest::SourceWindow;
 use darnet::model::{CLASS_KEYS, Model};
-use darnet::phantom::{Format, PhantomClass, WriteRequest, write_cases};
+use darnet::phantom::{DicomOptions, Format, PhantomClass, Ranges, Subject, WriteRequest, write_cases, write_dicom};
 use darnet::report::calibration::{Calibration, OodReference, Threshold};
 use serde_json::Value;
 
@@ -139,4 +139,37 @@ fn a_flagged_scan_alerts_is_suppressed_or_refused_as_configured() {
             assert!(result["logits"].is_null() && result["scores"].is_null());
         }
     }
+}
+
+#[test]
+fn the_embedded_model_tells_phantoms_like_its_training_data_apart() {
+    let (mut right, mut flagged, mut told) = (0, 0, String::new());
+    let mut phantoms = 0;
+    for (i, class) in PhantomClass::ALL.iter().copied().cycle().take(12).enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let phantom = Subject::numbered(class, i, 777, Ranges::Train, 96).unwrap().generate();
+        let files = write_dicom(&phantom, dir.path(), &DicomOptions::default()).unwrap();
+        let (code, out, err) = darnet(&["infer", "--json", files[0].parent().unwrap().to_str().unwrap()]);
+        assert_eq!(code, 0, "{err}");
+        let report = serde_json::from_str::<Value>(&out).unwrap()["series"][0].clone();
+        told += &format!("{} {} {} {}\n", class.class_key(), report["predicted"], report["scores"], report["ood"]);
+        right += usize::from(report["predicted"] == class.class_key());
+        flagged += usize::from(report["ood"]["flag"] == true);
+        let sum: f64 = CLASS_KEYS.iter().map(|key| report["calibrated"][key].as_f64().unwrap()).sum();
+        assert!((sum - 1.0).abs() < 1e-12, "{report}");
+        phantoms += 1;
+    }
+    assert!(right >= 9 && flagged <= 2, "{right} right, {flagged} flagged, of {phantoms}:\n{told}");
+}
+
+#[test]
+fn the_embedded_model_flags_a_real_scan_and_reports_it_all_the_same() {
+    let Some(data) = real_data("lidc-idri-0306.tar.xz") else { return };
+    let (code, out, err) = darnet(&["infer", "--json", data.path().to_str().unwrap()]);
+    assert_eq!(code, 0, "{err}");
+    let report = serde_json::from_str::<Value>(&out).unwrap()["series"][0].clone();
+    assert_eq!(report["outcome"], "result", "{report}");
+    assert_eq!(report["ood"]["flag"], true, "{report}");
+    assert!(report["ood"]["score"].as_f64().unwrap() > 1.0, "{report}");
+    assert!(report["calibrated"]["covid19"].is_number(), "{report}");
 }

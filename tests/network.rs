@@ -225,10 +225,3 @@ fn a_session_used_again_gives_the_same_bits_and_other_inputs_other_ones() {
     assert!(outs[0] == outs[2]);
     assert!(outs[0] != outs[1]);
 }
-
-#[test]
-fn the_embedded_weights_come_from_the_generator() {
-    let embedded = Model::embedded().unwrap();
-    let made = synthetic::weights(&embedded.manifest.architecture, synthetic::DEMO_SEED);
-    assert!(embedded.weights == made, "run tests/golden/network/make.py --demo");
-}

@@ -80,7 +80,7 @@ pub fn demo(args: &DemoArgs) -> anyhow::Result<Ended> {
     let class: PhantomClass = args.class.into();
     let model = modelcmd::load(None)?;
     say(&format!(
-        "model     {} (trained on {}, intended use {}): its scores mean nothing, the path they take is real",
+        "model     {} (trained on {}, intended use {}): its scores say nothing about patients, the path they take is real",
         model.manifest.id, model.manifest.trained_on, model.manifest.intended_use
     ));
     let started = Instant::now();

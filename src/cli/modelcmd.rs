@@ -189,7 +189,10 @@ pub fn export(args: &ExportArgs) -> anyhow::Result<Ended> {
         let (id, file) = (&manifest.id, args.onnx.display());
         println!("{file}: {id} as {}, {} bytes, sha256 {}", precision.as_str(), exported.bytes, exported.sha256);
         if manifest.is_demo() {
-            println!("  a demonstration model, trained on {}: its results mean nothing", manifest.trained_on);
+            println!(
+                "  a demonstration model, trained on {}: its results say nothing about patients",
+                manifest.trained_on
+            );
         }
     }
     Ok(Ended::Done)

@@ -173,7 +173,7 @@ impl Model {
         Ok(model)
     }
 
-    /// The small demonstration network inside the program. It was trained on nothing.
+    /// The small demonstration network inside the program. It was trained on phantoms alone (`scripts/demo-model`).
     ///
     /// # Errors
     /// None in a build whose tests passed; the same checks run as for a model from a folder.
@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn the_embedded_model_loads_and_says_it_is_a_demonstration() {
         let model = Model::embedded().unwrap();
-        assert_eq!(model.manifest.trained_on, "nothing");
+        assert!(model.manifest.trained_on.contains("synthetic chest CT phantoms"), "{}", model.manifest.trained_on);
         assert!(model.manifest.is_demo());
         assert_eq!(model.manifest.class_keys, CLASS_KEYS);
         assert!(model.calibration_text.unwrap().contains("darnet.calibration/1"));

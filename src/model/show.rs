@@ -160,7 +160,7 @@ mod tests {
         let stages = json["stages"].as_array().unwrap();
         let sum: u64 = stages.iter().map(|s| s["macs"].as_u64().unwrap()).sum();
         assert_eq!(json["macs"].as_u64(), Some(sum));
-        assert!(render_table(&model).contains("trained on     nothing"));
+        assert!(render_table(&model).contains(&format!("trained on     {}", model.manifest.trained_on)));
     }
 
     #[test]

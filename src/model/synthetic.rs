@@ -29,9 +29,6 @@ use super::weights::{Tensor, Weights};
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 const SQRT_3: f64 = 1.732_050_807_568_877_2;
 
-/// The seed of the embedded demonstration model.
-pub const DEMO_SEED: u64 = 1;
-
 /// The finaliser of splitmix64.
 pub const fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -39,7 +39,10 @@ pub fn report(model: &Model) -> VerifyReport {
     let m = &model.manifest;
     let mut remarks = Vec::new();
     if m.is_demo() {
-        remarks.push(format!("a demonstration model, trained on {}: its results mean nothing", m.trained_on));
+        remarks.push(format!(
+            "a demonstration model, trained on {}: its results say nothing about patients",
+            m.trained_on
+        ));
     }
     if m.calibration.is_none() {
         remarks.push("no calibration file: scores are uncalibrated".to_owned());

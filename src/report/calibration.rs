@@ -343,7 +343,7 @@ impl Default for Calibration {
 mod tests {
     use super::*;
 
-    const DEMO: &str = include_str!("../../calibration/demo.toml");
+    const DEMO: &str = include_str!("../../calibration/untrained.toml");
 
     #[test]
     fn shipped_demo_changes_nothing() {

@@ -1,8 +1,7 @@
-"""Golden outputs of DARNet in PyTorch, and the embedded demonstration weights.
+"""Golden outputs of DARNet in PyTorch.
 
     python3 make.py              write golden.json beside this file: every case below, in PyTorch on the CPU, f32
     python3 make.py NAME...      only these cases, merged into the present golden.json
-    python3 make.py --demo       write engines/demo/weights.safetensors and model.toml (needs no PyTorch)
 
 Needs numpy, safetensors and PyTorch (made with numpy 2.4 and torch 2.11; any recent one serves, with or without CUDA).
 Weights and input volumes come from the counter-based generator described in src/model/synthetic.rs, so that only
@@ -10,7 +9,6 @@ outputs are stored: logits, scores, the pooled vector, and of the last feature m
 value and 256 elements (indices from the stream "samples"). The full-size case takes about 6 GB of memory and a minute.
 """
 
-import hashlib
 import json
 import math
 import pathlib
@@ -238,49 +236,7 @@ def cases():
     ]
 
 
-def write_demo():
-    from safetensors.numpy import save
-
-    folder = HERE.parents[2] / "engines" / "demo"
-    shape = arch(8, [32, 96, 96], ("ca", "da"))
-    weights = save(tensors(shape, 1))
-    (folder / "weights.safetensors").write_bytes(weights)
-    (folder / "model.toml").write_text(
-        f"""# The demonstration model inside the program. See engines/README.md.
-# Its weights were drawn from a generator (src/model/synthetic.rs); it has learned nothing.
-
-schema = "darnet.model/1"
-id = "demo"
-trained_on = "nothing"
-intended_use = "demo"
-class_keys = ["cp", "covid19", "healthy"]
-class_names = ["common pneumonia", "COVID-19", "healthy"]
-weights_file = "weights.safetensors"
-weights_sha256 = "{hashlib.sha256(weights).hexdigest()}"
-calibration = "demo.toml"
-
-[architecture]
-base_width = 8
-input_dhw = [32, 96, 96]
-num_classes = 3
-channel_attention = true
-depth_attention = true
-attention_order = "depth-first"
-
-[preprocessing]
-window_center_hu = -600.0
-window_width_hu = 1500.0
-crop_fraction = 0.8125
-depth_grid = "fit"
-slice_direction = "feet-to-head"
-"""
-    )
-
-
 def main(arguments):
-    if arguments == ["--demo"]:
-        write_demo()
-        return
     path = HERE / "golden.json"
     done = {}
     if arguments and path.exists():
