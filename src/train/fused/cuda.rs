@@ -61,12 +61,36 @@ impl From<i64> for Arg {
     }
 }
 
+/// Where the kernels are.
+enum Loaded {
+    /// On a GPU, started on the default stream.
+    Gpu { functions: HashMap<&'static str, Function>, stream: Stream },
+    /// In a library for the processor, which its tests make.
+    #[cfg(test)]
+    Host { functions: HashMap<&'static str, usize>, launch: HostLaunch, _library: libloading::Library },
+}
+
+/// `host_launch` of `emulate.h`: a kernel, its grid and its block, shared memory, stream, arguments, extras.
+#[cfg(test)]
+type HostLaunch = unsafe extern "C" fn(
+    *mut c_void,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    *mut c_void,
+    *mut *mut c_void,
+    *mut *mut c_void,
+) -> i32;
+
 /// The kernels of one GPU in one number format.
 pub struct Cuda {
     device: Device,
     kind: Kind,
-    functions: HashMap<&'static str, Function>,
-    stream: Stream,
+    loaded: Loaded,
 }
 
 impl Cuda {
@@ -92,7 +116,7 @@ impl Cuda {
             Ok((functions.collect::<Result<_, GpuError>>()?, Stream::default_of(&gpu)))
         };
         let (functions, stream) = load().map_err(|e| e.to_string())?;
-        Ok(Self { device, kind, functions, stream })
+        Ok(Self { device, kind, loaded: Loaded::Gpu { functions, stream } })
     }
 
     fn fault(what: impl Into<String>) -> TrainError {
@@ -101,18 +125,33 @@ impl Cuda {
 
     /// Starts a kernel on the default stream.
     fn start(&self, name: &str, grid: [i64; 2], args: &[Arg]) -> Result<(), TrainError> {
-        let function = self.functions.get(name).ok_or_else(|| Self::fault(format!("no kernel {name}")))?;
         let [x, y] = grid.map(|n| u32::try_from(n).ok().filter(|n| *n > 0));
         let (Some(x), Some(y)) = (x, y.filter(|y| *y <= 65_535)) else {
             return Err(Self::fault(format!("kernel {name}: a grid of {grid:?}")));
         };
         let mut pointers: Vec<*mut c_void> = args.iter().map(|a| a.0.as_ptr().cast_mut().cast()).collect();
-        // SAFETY: the function is one of this GPU's module; the arguments are as many and of the types that `kernels.cu`
-        // declares (each caller below states them in its order), and the pointers among them were checked by `activation`
-        // and `numbers` to be tensors of this device with the length that the kernel touches. libtorch frees a tensor's
-        // memory in the order of the same stream.
-        unsafe { self.stream.launch(function, [x, y, 1], [THREADS as u32, 1, 1], 0, &mut pointers) }
-            .map_err(|e| Self::fault(format!("kernel {name}: {e}")))
+        let absent = || Self::fault(format!("no kernel {name}"));
+        match &self.loaded {
+            Loaded::Gpu { functions, stream } => {
+                let function = functions.get(name).ok_or_else(absent)?;
+                // SAFETY: the function is one of this GPU's module; the arguments are as many and of the types that
+                // `kernels.cu` declares (each caller below states them in its order), and the pointers among them were
+                // checked by `activation` and `numbers` to be tensors of this device with the length that the kernel
+                // touches. libtorch frees a tensor's memory in the order of the same stream.
+                unsafe { stream.launch(function, [x, y, 1], [THREADS as u32, 1, 1], 0, &mut pointers) }
+                    .map_err(|e| Self::fault(format!("kernel {name}: {e}")))
+            }
+            #[cfg(test)]
+            Loaded::Host { functions, launch, .. } => {
+                let function = *functions.get(name).ok_or_else(absent)? as *mut c_void;
+                let (stream, extras) = (std::ptr::null_mut(), std::ptr::null_mut());
+                // SAFETY: as above; the library stays loaded as long as `self`, and the call ends when the kernel has.
+                let code = unsafe {
+                    launch(function, x, y, 1, THREADS as u32, 1, 1, 0, stream, pointers.as_mut_ptr(), extras)
+                };
+                if code == 0 { Ok(()) } else { Err(Self::fault(format!("kernel {name}: {code}"))) }
+            }
+        }
     }
 
     /// The address of an activation of the shape of `at`, channels last.
@@ -485,7 +524,7 @@ impl Cuda {
             .expect("g++ is missing: apt-get install g++");
         assert!(made.success(), "g++ compiles the kernels");
         // SAFETY: the library was made above and has no initialisers of its own.
-        let library = unsafe { Library::new(&library) }.unwrap();
+        let library = unsafe { libloading::Library::new(&library) }.unwrap();
         type Host = unsafe extern "C" fn(*mut *mut c_void);
         let functions = KERNELS
             .iter()
@@ -495,7 +534,8 @@ impl Cuda {
                 (*name, f.unwrap() as usize)
             })
             .collect();
-        let launch: Launch = symbol(&library, "host_launch").unwrap();
-        Self { device: Device::Cpu, kind, functions, launch, _driver: library }
+        // SAFETY: `emulate.h` declares it so.
+        let launch = unsafe { library.get::<HostLaunch>(b"host_launch") }.map(|f| *f).unwrap();
+        Self { device: Device::Cpu, kind, loaded: Loaded::Host { functions, launch, _library: library } }
     }
 }
