@@ -12,7 +12,7 @@ use darnet::config::Config;
 use darnet::dicom::scu::{SendOptions, send};
 use darnet::engine::{Backend, CancelToken, EngineError, EngineOptions, Inference, Reuse, Session, cpu::CpuBackend};
 use darnet::model::Model;
-use darnet::model::manifest::DepthGrid;
+use darnet::model::manifest::{Architecture, DepthGrid};
 use darnet::phantom::{DicomOptions, PhantomClass, PhantomSpec, generate, write_dicom};
 use darnet::pipeline::publish::ResultNotice;
 use darnet::pipeline::{Daemon, observer};
@@ -162,7 +162,8 @@ fn start(setup: &Setup) -> Running {
     if setup.trust {
         config.peers.trust_series_count = vec![SendOptions::default().calling_ae_title];
     }
-    let mut model = Model::embedded().unwrap();
+    let architecture = Architecture { base_width: 8, input_dhw: [32, 96, 96], ..Architecture::full() };
+    let mut model = Model::synthetic("ahead", &architecture, 1).unwrap();
     model.manifest.preprocessing.depth_grid = setup.grid;
     let backend = Watched::new(&model, setup.slow_blocks);
     let seen = Arc::clone(&backend.seen);
@@ -362,6 +363,5 @@ fn most_is_reused_when_the_extent_is_known_and_declared() {
     let document = running.result();
     let share = document["latency"]["reused_share"].as_f64().expect("a backend that computes ahead");
     println!("reused {share}");
-    // The last slice reaches the last planes of the input, and three convolutions carry each one plane further: five of 24.
-    assert!(share > 0.7, "{share}");
+    assert!(share > 0.8, "{share}");
 }
