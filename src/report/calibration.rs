@@ -343,11 +343,11 @@ impl Default for Calibration {
 mod tests {
     use super::*;
 
-    const DEMO: &str = include_str!("../../calibration/untrained.toml");
+    const UNTRAINED: &str = include_str!("../../calibration/untrained.toml");
 
     #[test]
-    fn shipped_demo_changes_nothing() {
-        let c = Calibration::parse(DEMO).unwrap();
+    fn the_calibration_of_untrained_models_changes_nothing() {
+        let c = Calibration::parse(UNTRAINED).unwrap();
         assert_eq!((c.temperature, c.fitted_on.as_str(), c.is_fitted()), (1.0, "nothing", false));
         assert_eq!(c.thresholds["covid19"].alert, 0.5);
         assert_eq!(c.thresholds["cp"].alert, 0.5);
@@ -399,7 +399,7 @@ mod tests {
         let torn = text.replace("AAAAAA==", "AAAA");
         assert!(matches!(Calibration::parse(&torn), Err(CalibrationError::Syntax(_))));
         assert!(matches!(Calibration::parse("colour = 1"), Err(CalibrationError::Syntax(_))));
-        let nan = DEMO.replace("temperature = 1.0", "temperature = nan");
+        let nan = UNTRAINED.replace("temperature = 1.0", "temperature = nan");
         assert!(matches!(Calibration::parse(&nan), Err(CalibrationError::Values(_))));
     }
 
@@ -453,7 +453,7 @@ mod tests {
 
     #[test]
     fn fitted_calibrations_are_bound_to_their_weights() {
-        let any = DEMO.replace("fitted_on = \"nothing\"", "fitted_on = \"site 7, 2026\"");
+        let any = UNTRAINED.replace("fitted_on = \"nothing\"", "fitted_on = \"site 7, 2026\"");
         assert!(matches!(Calibration::parse(&any), Err(CalibrationError::Values(_))));
         let c = Calibration { model: "m".into(), weights_sha256: "ab".repeat(32), ..Calibration::none() };
         c.check_model("m", &"AB".repeat(32)).unwrap();

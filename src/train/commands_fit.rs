@@ -530,12 +530,12 @@ pub fn evaluate(args: &EvaluateArgs) -> anyhow::Result<()> {
         title = format!("Models on {} scans ({})", indices.len(), args.set);
         for path in &args.paths {
             let judged = judge::of_model(path, &cache, &indices, at[0], args.batch, args.seed)?;
-            parameters = judge::load_model(path)?.manifest.architecture.parameter_count();
+            let model = judge::load_model(path)?;
+            parameters = model.manifest.architecture.parameter_count();
             std::fs::create_dir_all(&args.out)?;
             let file = args.out.join(format!("{}.csv", judged.name));
             super::report::write_predictions(&file, cache.class_names(), &judged.predictions)?;
             if let Some(prefix) = &args.record {
-                let model = judge::load_model(path)?;
                 let dir = model.dir.as_ref().context("the model has no folder")?;
                 let mut manifest = model.manifest;
                 manifest.scores.extend(super::report::manifest_scores(prefix, &judged.evaluation));
