@@ -18,6 +18,7 @@ use darnet::pipeline::{Daemon, observer};
 use darnet::resample::cpu::{Window, gather, in_plane};
 use darnet::resample::cuda::{DevicePlane, GpuGatherer, GpuResampler, MAX_PIXELS, STAGES};
 use darnet::resample::plan::{DepthPlan, InPlanePlan};
+use darnet::resample::texture::TextureMeter;
 use darnet::volume::geometry::InPlaneOrientation;
 
 const WINDOW: Window = Window { center_hu: -600.0, width_hu: 1500.0 };
@@ -56,7 +57,10 @@ fn resampled_on(gpu: &Arc<Gpu>, order: &[usize], count: usize, out_hw: [usize; 2
     }
     assert_eq!(resampler.available(), 0);
     let planes: Vec<DevicePlane> = planes.into_iter().map(|p| p.expect("every slice")).collect();
-    let (got, _) = gatherer.gather_to_host(&depth, &planes.iter().collect::<Vec<_>>()).unwrap().expect("of this pool");
+    let got = gatherer.gather_to_host(&depth, &planes.iter().collect::<Vec<_>>()).unwrap().expect("of this pool");
+    let texture = TextureMeter::new([32, out_hw[0], out_hw[1]]).measure(&got.values);
+    assert_eq!(got.texture, texture, "sums of the device and of the processor");
+    let got = got.values;
     let expected: Vec<Vec<f32>> = (0..count)
         .map(|k| {
             let plan = plan(k);
@@ -107,8 +111,8 @@ fn threads_share_the_gpu_and_planes_are_reused_without_a_mix() {
                 for _ in 0..100 {
                     let pair = [(); 2].map(|()| resampler.resample(plan, &slice).unwrap().expect("room for all"));
                     // Planes at the ends of a stack of two are the slices themselves.
-                    let (got, _) = gatherer.gather_to_host(depth, &[&pair[0], &pair[1]]).unwrap().unwrap();
-                    assert!(got.chunks(224 * 224).all(|plane| plane == expected));
+                    let got = gatherer.gather_to_host(depth, &[&pair[0], &pair[1]]).unwrap().unwrap();
+                    assert!(got.values.chunks(224 * 224).all(|plane| plane == expected));
                 }
             });
         }

@@ -13,6 +13,7 @@ use darnet::model::manifest::{DepthGrid, SliceDirection};
 use darnet::resample::cpu::{Window, gather, in_plane};
 use darnet::resample::cuda::{self, pack_depth, pack_in_plane};
 use darnet::resample::plan::{DepthPlan, InPlanePlan};
+use darnet::resample::texture::{CLIP, LEVELS, SUMS, Texture, TextureMeter};
 use darnet::volume::geometry::InPlaneOrientation;
 
 /// Compute capabilities that the kernels are for: Turing, Ampere (data centre, workstation), Ada, Hopper, Blackwell.
@@ -227,4 +228,27 @@ fn the_gather_kernel_gives_the_processors_bits_for_uneven_stacks() {
     assert_eq!(got.len(), expected.len());
     let different = got.iter().zip(&expected).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
     assert_eq!(different, 0, "of {}", got.len());
+}
+
+#[test]
+fn the_texture_kernel_gives_the_processors_sums() {
+    let host = Host::build();
+    let mut random = Random(0x7E47_5EED);
+    let (mut cases, mut expected) = (Vec::new(), Vec::new());
+    for case in 0..60 {
+        let dhw = [1 + random.below(9) as usize, 1 + random.below(40) as usize, 1 + random.below(150) as usize];
+        let contrast = [1.0, 0.3, 0.01][case % 3];
+        let input: Vec<f32> = (0..dhw.iter().product()).map(|_| (contrast * random.share()) as f32).collect();
+        let strip = 1 + random.below(20) as u32;
+        words(&mut cases, &[3, dhw[0] as u32, dhw[1] as u32, dhw[2] as u32, strip]);
+        words(&mut cases, &[LEVELS.to_bits(), CLIP as u32]);
+        cases.extend(input.iter().flat_map(|v| v.to_ne_bytes()));
+        expected.push(TextureMeter::new(dhw).measure(&input));
+    }
+    let got = host.run(cases);
+    let sum = |pair: &[f32; 2]| u64::from(pair[0].to_bits()) | u64::from(pair[1].to_bits()) << 32;
+    let got: Vec<u64> = got.as_chunks::<2>().0.iter().map(sum).collect();
+    let got: Vec<Texture> = got.as_chunks::<SUMS>().0.iter().map(|s| Texture(*s)).collect();
+    assert!(expected.iter().any(|t| t.0.iter().all(|s| *s > 0)));
+    assert_eq!(got, expected);
 }

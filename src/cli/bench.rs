@@ -295,12 +295,12 @@ fn resample_on_gpu(
         gpu.synchronize()?;
         let series_s = started.elapsed().as_secs_f64();
         let planes: Vec<&DevicePlane> = planes.iter().collect();
-        let (volume, gather_ms) = gatherer.gather_to_host(depth, &planes)?.context("gather on the device")?;
+        let on_device = gatherer.gather_to_host(depth, &planes)?.context("gather on the device")?;
         if run > 0 {
             series.push(series_s);
-            gathered.push(f64::from(gather_ms) / 1e3);
+            gathered.push(f64::from(on_device.ms) / 1e3);
         }
-        difference = volume.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(difference, f32::max);
+        difference = on_device.values.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(difference, f32::max);
     }
     ensure!(difference <= 1e-6, "the device's volume differs from the processor's by {difference}");
     Ok(json!({

@@ -6,9 +6,10 @@ use anyhow::{Context, bail};
 use darnet::engine::prepare;
 use darnet::explain::{CamGeometry, RenderOptions, SeriesToExplain, class_activation_map, explain_series, write_cam};
 use darnet::model::Model;
+use darnet::pipeline::judge;
 use darnet::pipeline::offline::{Judgement, judge_paths};
 use darnet::pipeline::publish::{Completion, complete, model_info};
-use darnet::pipeline::{judge, workers::Judge};
+use darnet::pipeline::workers::{Judge, JudgedTensor};
 use darnet::report::outcome::{CamInfo, InferDocument, LatencyMs, Outcome, SeriesReport};
 use darnet::telemetry::StudyHasher;
 use darnet::volume::geometry::GeometryLimits;
@@ -173,7 +174,7 @@ fn tensor(context: &mut Files<'_>, file: &Path, hasher: &StudyHasher) -> anyhow:
     let wanted = context.model.manifest.architecture.input_dhw;
     let input = read_volume(file, wanted)?;
     let series = hasher.hash(&file.to_string_lossy());
-    let (inference, cam, infer_s, cam_s) = match context.judge.judge_tensor(&input) {
+    let JudgedTensor { inference, cam, texture, infer_s, cam_s } = match context.judge.judge_tensor(&input) {
         Ok(judged) => judged,
         Err(refusal) => return Ok(SeriesReport::no_result(series.as_str(), &refusal, wanted[0] as u64)),
     };
@@ -193,7 +194,7 @@ fn tensor(context: &mut Files<'_>, file: &Path, hasher: &StudyHasher) -> anyhow:
     }
     report.quality.push("a prepared tensor: preprocessing and its checks were skipped".to_owned());
     // Whoever prepared the tensor knows what its grey values mean.
-    context.completion.judge(&mut report, &inference.pooled, false);
+    context.completion.judge(&mut report, &inference.pooled, &texture, false);
     report.cam = Some(CamInfo { class: context.model.manifest.class_keys[class].clone(), file: written });
     report.latency_ms.infer = Some(infer_s * 1e3);
     report.latency_ms.explain = Some(cam_s * 1e3);

@@ -20,6 +20,7 @@ use crate::pipeline::planes::SlicePlane;
 use crate::resample::cpu::Window;
 use crate::resample::cuda::{DevicePlane, GpuGatherer, GpuResampler};
 use crate::resample::plan::DepthPlan;
+use crate::resample::texture::Texture;
 use crate::telemetry::events;
 
 /// Tells one resample worker which device makes planes now; the last word counts.
@@ -60,13 +61,14 @@ pub struct DeviceStage {
     slots: usize,
     mail: Vec<DeviceMail>,
     window: Option<Window>,
+    texture: Option<Texture>,
     input_dhw: [usize; 3],
 }
 
 impl DeviceStage {
     /// Nothing on a device yet: up to `slots` slices will be, made by the workers that read `mail`.
     pub fn new(slots: usize, mail: Vec<DeviceMail>, window: Window, input_dhw: [usize; 3]) -> Self {
-        Self { gatherer: None, slots, mail, window: Some(window), input_dhw }
+        Self { gatherer: None, slots, mail, window: Some(window), texture: None, input_dhw }
     }
 
     /// Whether slices are resampled on a device now.
@@ -140,11 +142,16 @@ impl DeviceStage {
         }
     }
 
+    /// The texture of the input that the last run was made from; none when it was not gathered here, or its device failed.
+    pub fn texture(&mut self) -> Option<Texture> {
+        self.texture.take()
+    }
+
     /// After a run: lets the planes go that it was made from.
     pub fn finish(&mut self) {
         if let Some(gatherer) = &mut self.gatherer {
             // Where the device failed, the run said so.
-            let _ = gatherer.finish();
+            self.texture = gatherer.finish().ok().flatten();
         }
     }
 }

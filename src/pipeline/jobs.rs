@@ -9,6 +9,7 @@ use crate::explain::Cam;
 use crate::pipeline::planes::{SharedPlane, SlicePlane};
 use crate::resample::lung::{LungReport, SliceLung};
 use crate::resample::plan::{DepthPlan, InPlanePlan};
+use crate::resample::texture::SUMS;
 use crate::telemetry::StudyHash;
 use crate::volume::completion::Cause;
 use crate::volume::geometry::Stack;
@@ -193,6 +194,8 @@ pub struct Judged {
     pub inference: Inference,
     /// The activation map of the predicted class.
     pub cam: Cam,
+    /// How sharp and noisy the network's input was: features of its [`Texture`](crate::resample::texture::Texture).
+    pub texture: [f32; SUMS],
     /// How much of the run had been done ahead.
     pub reuse: Reuse,
     /// What the lung check says of the volume.

@@ -705,13 +705,14 @@ impl Completion {
         Ok(Self { calibration: calibration(model)?, unknown_window })
     }
 
-    /// Adds the calibrated probabilities and the likeness to the training data to a result. `in_hu`: whether the scan
+    /// Adds the calibrated probabilities and the likeness to the training data to a result, from the
+    /// pooled features and the input's texture. `in_hu`: whether the scan
     /// came in HU, as from a scanner, and not as pictures.
-    pub fn judge(&self, report: &mut SeriesReport, pooled: &[f32], in_hu: bool) {
+    pub fn judge(&self, report: &mut SeriesReport, pooled: &[f32], texture: &[f32], in_hu: bool) {
         let fitted = self.calibration.is_fitted();
         report.calibrated =
             fitted.then(|| report.logits.as_deref().map(|logits| self.calibration.apply(logits))).flatten();
-        report.ood = self.calibration.ood(pooled, self.unknown_window && in_hu);
+        report.ood = self.calibration.ood(pooled, texture, self.unknown_window && in_hu);
         if let Some(why) = report.ood.as_ref().and_then(|o| o.why.as_deref()) {
             report.quality.push(format!("unlike the training data: {why}"));
         }
@@ -728,7 +729,7 @@ pub fn complete(
     cam_file: Option<String>,
 ) {
     report.quality.extend(lung_notes(&judged.lung));
-    completion.judge(report, &judged.inference.pooled, in_hu);
+    completion.judge(report, &judged.inference.pooled, &judged.texture, in_hu);
     report.cam = Some(CamInfo { class: cam_class, file: cam_file });
 }
 

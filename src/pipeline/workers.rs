@@ -27,6 +27,7 @@ use crate::resample::cpu::{SlicesToGather, Window, gather_plane, gather_slices, 
 use crate::resample::cuda::{DevicePlane, GpuResampler};
 use crate::resample::lung::{self, LungCheck, SliceLung};
 use crate::resample::plan::{DepthPlan, InPlanePlan};
+use crate::resample::texture::{SUMS, Texture, TextureMeter};
 use crate::telemetry::events::{self, Stage};
 use crate::volume::geometry::Stack;
 use crate::volume::refusal::{Reason, Refusal};
@@ -211,10 +212,26 @@ pub struct Judge {
     session: Box<dyn Session>,
     input: Vec<f32>,
     scratch: Vec<f32>,
+    meter: TextureMeter,
     /// The guess that `input` was gathered for ahead of a run, and the planes that were.
     gathered: Option<(u64, Vec<bool>)>,
     /// Fills the session's input where it lies.
     device: DeviceStage,
+}
+
+/// What [`Judge::judge_tensor`] makes.
+#[derive(Debug)]
+pub struct JudgedTensor {
+    /// What the network said.
+    pub inference: Inference,
+    /// The activation map of the predicted class.
+    pub cam: Cam,
+    /// As in [`Judged`].
+    pub texture: [f32; SUMS],
+    /// Seconds of the network.
+    pub infer_s: f64,
+    /// Seconds of the activation map.
+    pub cam_s: f64,
 }
 
 /// A volume ready for [`Judge::judge`].
@@ -246,6 +263,7 @@ impl Judge {
             session,
             input: vec![0.0; input_dhw.iter().product()],
             scratch: Vec::new(),
+            meter: TextureMeter::new(input_dhw),
             gathered: None,
             device: DeviceStage::default(),
         }
@@ -290,7 +308,7 @@ impl Judge {
         Window { center_hu: self.preprocessing.window_center_hu, width_hu: self.preprocessing.window_width_hu }
     }
 
-    /// Checks for lungs, gathers the planes, runs the network, makes the activation map of the predicted class.
+    /// Checks for lungs, gathers the planes, measures their texture, runs the network, makes the activation map of the predicted class.
     ///
     /// # Errors
     /// `no_lung`; `internal` when the backend fails. `Ok(None)` when cancelled.
@@ -312,13 +330,24 @@ impl Judge {
         self.gathered = None;
         let mut on_device =
             stack.shear_px.is_none() && self.device.gather(self.session.as_ref(), volume.planes, &depth);
+        let mut texture = Texture::default();
         let (inference, cam, gather_s, infer_s, cam_s) = loop {
             if !on_device {
                 self.gather(volume, &plan, &depth);
+                texture = self.meter.measure(&self.input);
             }
             let gather_s = started.elapsed().as_secs_f64();
             match self.infer(volume.cancel, on_device) {
-                Ok((inference, cam, infer_s, cam_s)) => break (inference, cam, gather_s, infer_s, cam_s),
+                Ok((inference, cam, infer_s, cam_s)) => {
+                    if on_device {
+                        let Some(measured) = self.device.texture() else {
+                            on_device = false;
+                            continue;
+                        };
+                        texture = measured;
+                    }
+                    break (inference, cam, gather_s, infer_s, cam_s);
+                }
                 Err(EngineError::Cancelled) => return Ok(None),
                 // Another backend stands in, and it takes its input from memory.
                 Err(EngineError::Device { .. } | EngineError::NotFinite) if on_device => on_device = false,
@@ -330,6 +359,7 @@ impl Judge {
         let judged = Judged {
             inference,
             cam,
+            texture: texture.features(self.input_dhw),
             reuse,
             lung,
             depth,
@@ -403,11 +433,14 @@ impl Judge {
     ///
     /// # Errors
     /// As [`Judge::judge`].
-    pub fn judge_tensor(&mut self, input: &[f32]) -> Result<(Inference, Cam, f64, f64), Refusal> {
+    pub fn judge_tensor(&mut self, input: &[f32]) -> Result<JudgedTensor, Refusal> {
         self.gathered = None;
         self.input.copy_from_slice(input);
-        self.infer(&CancelToken::new(), false)
-            .map_err(|error| Refusal::new(Reason::Internal, format!("run the network: {error}")))
+        let texture = self.meter.measure(&self.input).features(self.input_dhw);
+        let (inference, cam, infer_s, cam_s) = self
+            .infer(&CancelToken::new(), false)
+            .map_err(|error| Refusal::new(Reason::Internal, format!("run the network: {error}")))?;
+        Ok(JudgedTensor { inference, cam, texture, infer_s, cam_s })
     }
 
     /// Runs the network on `input`, or on what was gathered on the device.

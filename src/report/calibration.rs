@@ -2,9 +2,10 @@
 //! unlike the training data a scan is.
 //!
 //! Temperature scaling: p = softmax(logits / T) (Guo et al., "On Calibration of Modern Neural Networks", 2017). The
-//! likeness is the Mahalanobis distance of the pooled features from the nearest class mean, under one covariance for all
-//! classes (Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples", 2018). A calibration
-//! belongs to one model and one set of weights; only one fitted on nothing may be for `any`.
+//! likeness is the Mahalanobis distance from the nearest class mean, under one covariance for all classes (Lee et al., "A
+//! Simple Unified Framework for Detecting Out-of-Distribution Samples", 2018), of the pooled features, which show a scan
+//! of something else, and of the input's texture, which shows one made in another way. A calibration belongs to one model
+//! and one set of weights; only one fitted on nothing may be for `any`.
 //!
 //! Deliberately absent: the fit (the trainer's), what is done about a scan that is unlike (see [`super::policy`]).
 
@@ -26,6 +27,8 @@ pub const NOTHING: &str = "nothing";
 
 /// Why a scan is flagged.
 pub const FAR: &str = "its features are further from the training data than those of scans of the same kind";
+/// Why a scan is flagged.
+pub const UNLIKE_TEXTURE: &str = "its sharpness and noise are unlike those of the training data";
 /// Why every scan in HU is flagged.
 pub const UNKNOWN_WINDOW: &str = "the model was trained on pictures of an unknown window, and this scan is in HU";
 
@@ -85,7 +88,10 @@ mod packed {
 /// Most features of a reference: those of the full network.
 pub const MAX_FEATURES: usize = 512;
 
-/// Pooled features of the data a model was made for. The distance of features `f` from class mean `m` is
+/// Features of the texture.
+pub const TEXTURE_FEATURES: usize = 12;
+
+/// Features of the data a model was made for. The distance of features `f` from class mean `m` is
 /// `|whitening (f - m)|`; the score is the smallest of them over the classes, divided by `limit`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -133,10 +139,10 @@ impl OodReference {
         score.is_finite().then_some(score)
     }
 
-    fn faults(&self) -> Vec<String> {
+    fn faults(&self, key: &str) -> Vec<String> {
         let n = self.features;
         if !(1..=MAX_FEATURES).contains(&n) {
-            return vec![format!("ood.features: expected 1 to {MAX_FEATURES}, got {n}")];
+            return vec![format!("{key}.features: expected 1 to {MAX_FEATURES}, got {n}")];
         }
         let mut faults = Vec::new();
         let mut check = |ok: bool, fault: String| {
@@ -148,16 +154,16 @@ impl OodReference {
         let classes = CLASS_KEYS.len();
         check(
             self.means.len() == classes * n && finite(&self.means),
-            format!("ood.means: expected {classes} x {n} finite numbers"),
+            format!("{key}.means: expected {classes} x {n} finite numbers"),
         );
         let triangle = n * (n + 1) / 2;
         check(
             self.whitening.len() == triangle && finite(&self.whitening),
-            format!("ood.whitening: expected {triangle} finite numbers"),
+            format!("{key}.whitening: expected {triangle} finite numbers"),
         );
-        check(self.limit > 0.0 && self.limit.is_finite(), "ood.limit: expected more than 0".into());
-        check((0.0..=1.0).contains(&self.quantile), "ood.quantile: expected 0 to 1".into());
-        check((0.0..=1.0).contains(&self.shrinkage), "ood.shrinkage: expected 0 to 1".into());
+        check(self.limit > 0.0 && self.limit.is_finite(), format!("{key}.limit: expected more than 0"));
+        check((0.0..=1.0).contains(&self.quantile), format!("{key}.quantile: expected 0 to 1"));
+        check((0.0..=1.0).contains(&self.shrinkage), format!("{key}.shrinkage: expected 0 to 1"));
         faults
     }
 }
@@ -184,9 +190,12 @@ pub struct Calibration {
     /// fitted on (each half of the patients by the other's).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected_calibration_error: Option<[f64; 2]>,
-    /// Reference features.
+    /// Pooled features of the training data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ood: Option<OodReference>,
+    /// Texture of the training data: sharpness and noise of the network's input.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub texture: Option<OodReference>,
 }
 
 fn any() -> String {
@@ -222,6 +231,7 @@ impl Calibration {
             thresholds: BTreeMap::new(),
             expected_calibration_error: None,
             ood: None,
+            texture: None,
         }
     }
 
@@ -280,7 +290,11 @@ impl Calibration {
                 );
             }
         }
-        faults.extend(self.ood.iter().flat_map(OodReference::faults));
+        faults.extend(self.ood.iter().flat_map(|reference| reference.faults("ood")));
+        faults.extend(self.texture.iter().flat_map(|reference| reference.faults("texture")));
+        if let Some(n) = self.texture.as_ref().map(|t| t.features).filter(|n| *n != TEXTURE_FEATURES) {
+            faults.push(format!("texture.features: expected {TEXTURE_FEATURES}, got {n}"));
+        }
         faults
     }
 
@@ -305,16 +319,20 @@ impl Calibration {
 
     /// How unlike the data the model was made for a scan is; none where nothing is known about that.
     ///
-    /// `unknown_window`: the model was trained on pictures whose grey values nobody can tell, and the scan is in HU.
-    pub fn ood(&self, pooled: &[f32], unknown_window: bool) -> Option<Ood> {
-        let score = self.ood.as_ref().and_then(|reference| reference.score(pooled));
-        let far = score.is_some_and(|s| s > 1.0);
-        let why = match (far, unknown_window) {
-            (true, _) => Some(FAR),
-            (false, true) => Some(UNKNOWN_WINDOW),
-            (false, false) => None,
-        };
-        (score.is_some() || unknown_window).then(|| Ood { score, flag: why.is_some(), why: why.map(str::to_owned) })
+    /// `pooled` are the network's pooled features, `texture` those of its input, `unknown_window`: the model was trained on
+    /// pictures whose grey values nobody can tell, and the scan is in HU.
+    pub fn ood(&self, pooled: &[f32], texture: &[f32], unknown_window: bool) -> Option<Ood> {
+        let of = |reference: &Option<OodReference>, values| reference.as_ref().and_then(|r| r.score(values));
+        let (features, texture) = (of(&self.ood, pooled), of(&self.texture, texture));
+        let score = features.into_iter().chain(texture).reduce(f64::max);
+        let is_far = |score: Option<f64>| score.is_some_and(|s| s > 1.0);
+        let reasons = [(is_far(features), FAR), (is_far(texture), UNLIKE_TEXTURE)];
+        let mut why: Vec<&str> = reasons.iter().filter(|(holds, _)| *holds).map(|(_, why)| *why).collect();
+        if why.is_empty() && unknown_window {
+            why.push(UNKNOWN_WINDOW);
+        }
+        let why = (!why.is_empty()).then(|| why.join("; "));
+        (score.is_some() || unknown_window).then(|| Ood { score, features, texture, flag: why.is_some(), why })
     }
 
     /// Whether data stands behind it. If not, documents show no calibrated probabilities.
@@ -384,6 +402,15 @@ mod tests {
             alert = 1.5
             wanted_sensitivity = -1.0
             sensitivity_interval_95 = [0.9, 0.8]
+            [texture]
+            features = 1
+            scans = 10
+            shrinkage = 2.0
+            limit = 1.0
+            quantile = 0.99
+            limit_scans = 10
+            means = "AAAAAAAAAAAAAAAA"
+            whitening = "AACAPw=="
             [ood]
             features = 2
             scans = 10
@@ -395,7 +422,7 @@ mod tests {
             whitening = ""
         "#;
         let Err(CalibrationError::Values(faults)) = Calibration::parse(text) else { panic!() };
-        assert_eq!(faults.len(), 11, "{faults:#?}");
+        assert_eq!(faults.len(), 13, "{faults:#?}");
         let torn = text.replace("AAAAAA==", "AAAA");
         assert!(matches!(Calibration::parse(&torn), Err(CalibrationError::Syntax(_))));
         assert!(matches!(Calibration::parse("colour = 1"), Err(CalibrationError::Syntax(_))));
@@ -426,16 +453,33 @@ mod tests {
         assert_eq!(r.score(&[0.0]), None);
         assert_eq!(r.score(&[f32::NAN, 0.0]), None);
         let c = Calibration { ood: Some(r), ..Calibration::none() };
-        assert!(!c.ood(&[0.0, 3.0], false).unwrap().flag);
-        assert!(c.ood(&[0.0, 4.5], false).unwrap().flag);
-        let always = c.ood(&[0.0, 3.0], true).unwrap();
+        assert!(!c.ood(&[0.0, 3.0], &[], false).unwrap().flag);
+        assert!(c.ood(&[0.0, 4.5], &[], false).unwrap().flag);
+        let always = c.ood(&[0.0, 3.0], &[], true).unwrap();
         assert_eq!((always.flag, always.score), (true, Some(0.75)));
-        assert!(Calibration::none().ood(&[0.0], false).is_none());
-        let unknown = Calibration::none().ood(&[0.0], true).unwrap();
+        assert!(Calibration::none().ood(&[0.0], &[], false).is_none());
+        let unknown = Calibration::none().ood(&[0.0], &[], true).unwrap();
         assert_eq!((unknown.flag, unknown.score), (true, None));
         assert_eq!(unknown.why.as_deref(), Some(UNKNOWN_WINDOW));
         c.check_features(2).unwrap();
         assert_eq!(c.check_features(3), Err(CalibrationError::OtherModel { what: "features" }));
+    }
+
+    #[test]
+    fn the_worse_of_features_and_texture_is_the_score_and_each_has_its_reason() {
+        let texture = OodReference { limit: 1.0, ..reference() };
+        let c = Calibration { ood: Some(reference()), texture: Some(texture), ..Calibration::none() };
+        let (near, far) = ([0.0, 3.0], [0.0, 4.5]);
+        let neither = c.ood(&near, &[0.0, 1.0], false).unwrap();
+        assert_eq!((neither.score, neither.features, neither.texture), (Some(0.75), Some(0.75), Some(0.5)));
+        assert!(!neither.flag && neither.why.is_none());
+        let made_otherwise = c.ood(&near, &[0.0, 3.0], false).unwrap();
+        assert_eq!((made_otherwise.score, made_otherwise.flag), (Some(1.5), true));
+        assert_eq!(made_otherwise.why.as_deref(), Some(UNLIKE_TEXTURE));
+        let of_something_else = c.ood(&far, &[0.0, 1.0], false).unwrap();
+        assert_eq!(of_something_else.why.as_deref(), Some(FAR));
+        let both = c.ood(&far, &[0.0, 3.0], true).unwrap();
+        assert_eq!(both.why.unwrap(), format!("{FAR}; {UNLIKE_TEXTURE}"));
     }
 
     #[test]
@@ -445,6 +489,12 @@ mod tests {
             weights_sha256: "ab".repeat(32),
             fitted_on: "thirty scans".into(),
             ood: Some(reference()),
+            texture: Some(OodReference {
+                features: TEXTURE_FEATURES,
+                means: vec![0.5; 3 * TEXTURE_FEATURES],
+                whitening: vec![0.25; TEXTURE_FEATURES * (TEXTURE_FEATURES + 1) / 2],
+                ..reference()
+            }),
             ..Calibration::none()
         };
         let text = toml::to_string(&c).unwrap();

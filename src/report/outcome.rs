@@ -70,8 +70,14 @@ impl ModelInfo {
 /// How unlike the training data a scan is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ood {
-    /// Larger is less alike, 1 is the limit; null where the calibration has no reference features.
+    /// Larger is less alike, 1 is the limit: the larger of the two below; null where the calibration has no reference.
     pub score: Option<f64>,
+    /// Of the network's pooled features: what is seen in the scan.
+    #[serde(default)]
+    pub features: Option<f64>,
+    /// Of the input's sharpness and noise: how it was made.
+    #[serde(default)]
+    pub texture: Option<f64>,
     /// Whether it is flagged.
     pub flag: bool,
     /// Why, for people; null without a flag.

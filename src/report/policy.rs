@@ -336,9 +336,12 @@ mod tests {
 
     #[test]
     fn a_flagged_scan_is_shown_suppressed_or_refused_as_configured() {
-        let ood = Ood { score: Some(1.5), flag: true, why: Some("far".into()) };
+        let ood = Ood { score: Some(1.5), features: None, texture: None, flag: true, why: Some("far".into()) };
         let flagged = SeriesReport { ood: Some(ood.clone()), ..report([0.1, 0.8, 0.1]) };
-        let usual = SeriesReport { ood: Some(Ood { score: Some(0.5), flag: false, why: None }), ..flagged.clone() };
+        let usual = SeriesReport {
+            ood: Some(Ood { score: Some(0.5), features: None, texture: None, flag: false, why: None }),
+            ..flagged.clone()
+        };
         let c = calibration(0.5, 0.5);
         let policy = |ood_action| AlertPolicy { ood_action, ..AlertPolicy::default() };
         for (action, alerts, stands) in

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! resample worker:   HU of a slot -> pinned buffer -> (stream of the buffer) copy, in_plane_f32 -> device plane
-//! inference worker:  (stream of the network) wait for the planes, gather_f32 -> device address of the input
+//! inference worker:  (stream of the network) wait for the planes, gather_f32 -> device address of the input,
+//!                    texture_f32 -> twelve sums -> pinned buffer
 //! ```
 //!
 //! Input and weights are those of [`super::cpu`] ([`InPlanePlan`], [`DepthPlan`]), the sums run in the same order without
@@ -28,6 +29,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::cpu::Window;
 use super::plan::{Axis, DepthPlan, InPlanePlan};
+use super::texture::{CLIP, LEVELS, SUMS, Texture};
 use crate::gpu::{DeviceBuffer, Event, Function, Gpu, GpuError, Pinned, Source, Stream};
 
 /// Staging buffers. A slice occupies one for the 25 us of its copy and the kernel behind it; eight let every core of a
@@ -40,6 +42,10 @@ const MAX_SIDE: usize = 4096;
 /// Threads a block.
 const BLOCK: [u32; 2] = [32, 8];
 const GATHER_BLOCK: u32 = 256;
+/// Threads a block that measure texture, along W.
+const TEXTURE_BLOCK: u32 = 64;
+/// Rows that one of them looks at.
+const TEXTURE_ROWS: u32 = 16;
 /// Most launches along the second axis of a grid.
 const MAX_GRID_Y: usize = 65_535;
 
@@ -323,10 +329,24 @@ fn address<T>(value: &mut T) -> *mut c_void {
     std::ptr::from_mut(value).cast()
 }
 
+/// What [`GpuGatherer::gather_to_host`] brings back.
+#[derive(Debug)]
+pub struct GatheredToHost {
+    /// The network's input, planes x h x w.
+    pub values: Vec<f32>,
+    /// Its texture, as the device measured it.
+    pub texture: Texture,
+    /// Milliseconds the device took for both.
+    pub ms: f32,
+}
+
 /// Gathers planes of one [`GpuResampler`] along depth; owned by the inference worker.
 pub struct GpuGatherer {
     resampler: Arc<GpuResampler>,
     kernel: Function,
+    texture: Function,
+    sums_host: Pinned<u64>,
+    sums_device: DeviceBuffer,
     /// Addresses of the slices, two words each, then the table.
     host: Pinned<u32>,
     device: DeviceBuffer,
@@ -349,7 +369,9 @@ impl GpuGatherer {
     /// [`GpuError`]: no memory.
     pub fn new(resampler: Arc<GpuResampler>, slots: usize, planes: usize) -> Result<Self, GpuError> {
         let gpu = resampler.gpu();
-        let kernel = gpu.load(&source())?.function("gather_f32", 0)?;
+        let kernels = gpu.load(&source())?;
+        let (kernel, texture) = (kernels.function("gather_f32", 0)?, kernels.function("texture_f32", 0)?);
+        let (sums_host, sums_device) = (Pinned::new(gpu, SUMS)?, DeviceBuffer::new(gpu, SUMS * size_of::<u64>())?);
         // A slice has weight in two planes, in three at most where planes lie on cell borders.
         let words = 2 * slots + 2 + planes + 1 + 2 * (3 * slots + 2 * planes);
         let host = Pinned::new(gpu, words)?;
@@ -357,6 +379,9 @@ impl GpuGatherer {
         let done = Event::new(gpu)?;
         Ok(Self {
             kernel,
+            texture,
+            sums_host,
+            sums_device,
             host,
             device,
             words: Vec::with_capacity(words),
@@ -422,12 +447,33 @@ impl GpuGatherer {
         // SAFETY: the four parameters of gather_f32 in order. It reads planes that `held` keeps until `finish`, each of
         // `h * w` floats, and writes what the caller promises to be there.
         unsafe { stream.launch(&self.kernel, grid, [GATHER_BLOCK, 1, 1], 0, &mut args)? };
+        let grid = [(w as u32).div_ceil(TEXTURE_BLOCK), plan.planes() as u32, (h as u32).div_ceil(TEXTURE_ROWS)];
+        let (mut input, mut sums) = (input, self.sums_device.ptr());
+        let (mut d, mut h, mut w) = (plan.planes() as u32, h as u32, w as u32);
+        let (mut rows, mut levels, mut clip) = (TEXTURE_ROWS, LEVELS, i32::from(CLIP));
+        let mut args = [
+            address(&mut input),
+            address(&mut d),
+            address(&mut h),
+            address(&mut w),
+            address(&mut rows),
+            address(&mut levels),
+            address(&mut clip),
+            address(&mut sums),
+        ];
+        // SAFETY: the parameters of texture_f32 in order. It reads the input just gathered and adds to the SUMS words of
+        // `sums_device`, which this gatherer has alone and which are copied to as many of `sums_host`; that is read
+        // after `finish` only.
+        unsafe {
+            stream.fill(self.sums_device.ptr(), 0, SUMS * size_of::<u64>())?;
+            stream.launch(&self.texture, grid, [TEXTURE_BLOCK, 1, 1], 0, &mut args)?;
+            stream.download(&mut self.sums_host, self.sums_device.ptr(), SUMS)?;
+        }
         stream.record(&self.done)?;
         Ok(true)
     }
 
-    /// Gathers into memory of its own and copies it back, for tests and benches: the values, and the milliseconds that
-    /// the device took to gather. `None` as for [`gather`](Self::gather).
+    /// Gathers into memory of its own and copies it back, for tests and benches. `None` as for [`gather`](Self::gather).
     ///
     /// # Errors
     /// [`GpuError`].
@@ -438,7 +484,7 @@ impl GpuGatherer {
         &mut self,
         plan: &DepthPlan,
         planes: &[&DevicePlane],
-    ) -> Result<Option<(Vec<f32>, f32)>, GpuError> {
+    ) -> Result<Option<GatheredToHost>, GpuError> {
         let gpu = Arc::clone(self.resampler.gpu());
         let [h, w] = self.resampler.out_hw;
         let count = plan.planes() * h * w;
@@ -452,23 +498,24 @@ impl GpuGatherer {
         let done = unsafe { self.gather(plan, planes, &stream, output.ptr())? };
         stream.record(&ended)?;
         stream.synchronize()?;
-        self.finish()?;
-        if !done {
-            return Ok(None);
-        }
+        let (Some(texture), true) = (self.finish()?, done) else { return Ok(None) };
         let mut values = vec![0.0f32; count];
         output.read(&mut values)?;
-        Ok(Some((values, ended.since_ms(&begun)?)))
+        Ok(Some(GatheredToHost { values, texture, ms: ended.since_ms(&begun)? }))
     }
 
-    /// Waits until the last gathering is done and lets its planes go. After a run of the network it is.
+    /// Waits until the last gathering is done, which after a run of the network it is, and lets its planes go. The
+    /// texture of what was gathered; `None` when nothing was since the last call.
     ///
     /// # Errors
     /// [`GpuError::Driver`]: the work failed. The planes are let go all the same.
-    pub fn finish(&mut self) -> Result<(), GpuError> {
-        let done = if self.held.is_empty() { Ok(()) } else { self.done.synchronize() };
+    pub fn finish(&mut self) -> Result<Option<Texture>, GpuError> {
+        if self.held.is_empty() {
+            return Ok(None);
+        }
+        let done = self.done.synchronize();
         self.held.clear();
-        done
+        done.map(|()| Some(Texture(std::array::from_fn(|i| self.sums_host[i]))))
     }
 }
 

@@ -15,6 +15,10 @@
 // here instead of made one after the other: at 512 to 224 pixels a thread reads 14 values, nearly all from the
 // first-level cache, and no intermediate image exists; a plane of 224 x 224 takes 0.7 million multiplications.
 //
+//   texture_f32, one thread a column of a strip of rows of one plane:
+//     q = floor(levels * v + 1/2); differences to the next one and two along D, H and W, as whole numbers
+// Its sums are exact, so that their order does not matter: a warp adds its own up, then to the total of all.
+//
 // Tables are words of 32 bits, packed by resample/cuda.rs. Included in the program as text and compiled at run time. A
 // test compiles the same text as C++ for the processor.
 
@@ -83,4 +87,61 @@ extern "C" __global__ void gather_f32(const unsigned long long* slices, const un
         sum = __fadd_rn(sum, __fmul_rn(weight_at(weights, k), slice[pixel]));
     }
     out[(unsigned long long)plane * area + pixel] = sum;
+}
+
+__device__ static inline int level_of(float value, float levels) {
+    return (int)__fadd_rn(__fmul_rn(levels, value), 0.5f);
+}
+
+// Adds the sum over a warp to `total`; all its threads call this.
+__device__ static inline void add_to_total(unsigned sum, unsigned long long* total) {
+#ifdef __CUDA_ARCH__
+    for (int apart = 16; apart > 0; apart /= 2) {
+        sum += __shfl_down_sync(0xffffffffu, sum, apart);
+    }
+    if (threadIdx.x % 32 != 0) {
+        return;
+    }
+#endif
+    atomicAdd(total, (unsigned long long)sum);
+}
+
+// `input`: depth x height x width; `sums`: along D, H and W each first differences, the same clipped, second
+// differences, the same clipped. Threads: a multiple of 32 along x.
+// Grid: x over columns, y over planes, z over strips of `rows` rows.
+extern "C" __global__ void texture_f32(const float* input, unsigned depth, unsigned height, unsigned width, unsigned rows,
+                                       float levels, int clip, unsigned long long* sums) {
+    unsigned x = blockIdx.x * blockDim.x + threadIdx.x;
+    unsigned plane = blockIdx.y;
+    unsigned y0 = blockIdx.z * rows;
+    unsigned long long area = (unsigned long long)height * width;
+    // A term is at most 4 * levels: sums of a strip fit 32 bits.
+    unsigned found[12] = {0};
+    for (unsigned y = y0; x < width && y < height && y < y0 + rows; ++y) {
+        const float* here = input + plane * area + (unsigned long long)y * width + x;
+        int a = level_of(*here, levels);
+        unsigned long long steps[3] = {area, width, 1};
+        unsigned left[3] = {depth - 1 - plane, height - 1 - y, width - 1 - x};
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+        for (int axis = 0; axis < 3; ++axis) {
+            if (left[axis] < 1) {
+                continue;
+            }
+            int b = level_of(here[steps[axis]], levels);
+            int first = abs(b - a);
+            found[4 * axis] += first;
+            found[4 * axis + 1] += min(first, clip);
+            if (left[axis] < 2) {
+                continue;
+            }
+            int second = abs(a - 2 * b + level_of(here[2 * steps[axis]], levels));
+            found[4 * axis + 2] += second;
+            found[4 * axis + 3] += min(second, clip);
+        }
+    }
+    for (int i = 0; i < 12; ++i) {
+        add_to_total(found[i], sums + i);
+    }
 }

@@ -15,7 +15,7 @@
 //!
 //! [`plan`] holds geometry and weights and touches no pixel; [`cpu`] applies them and allocates nothing; [`cuda`] applies
 //! them on a GPU, with the same bits; [`lung`] is the check that what was scanned is a chest and that the crop keeps the
-//! lungs.
+//! lungs; [`texture`] says how sharp and noisy the input is.
 //!
 //! Deliberately absent: interpolation between tilted planes out of their own plane (tilt is sheared out in-plane), any
 //! intensity normalisation besides the window.
@@ -24,3 +24,4 @@ pub mod cpu;
 pub mod cuda;
 pub mod lung;
 pub mod plan;
+pub mod texture;

@@ -1,6 +1,6 @@
 //! Calibration of a model: temperature, alert thresholds, reliability, likeness to the training data.
 //!
-//! Input: the model's [`Answers`] on scans it was not trained on, and its pooled features on scans it was. Output: a
+//! Input: the model's [`Answers`] on scans it was not trained on, and on scans it was. Output: a
 //! [`Calibration`] bound to the model's weights, and a picture of its reliability.
 //!
 //! - *Temperature*: the one with the least cross-entropy, by a golden-section search over its logarithm; the loss has one
@@ -9,9 +9,10 @@
 //!   Wilson's interval of that share and of the specificity, and the interval of the threshold over resampled patients.
 //! - *Expected calibration error*: of the predicted class, bins of equal width (Guo et al. 2017). After the fit it is
 //!   measured crosswise, each half of the patients under the temperature of the other half.
-//! - *Likeness*: means by class and one covariance of the pooled features on the training scans, shrunk towards the
-//!   identity as Ledoit and Wolf (2004) say; the limit is a quantile of the distances of the scans that were not trained
-//!   on, since those that were lie too near.
+//! - *Likeness*: means by class and one covariance on the training scans, shrunk towards the identity as Ledoit and Wolf
+//!   (2004) say, of the pooled features and of the input's texture; the limit is a quantile of the distances of the scans
+//!   that were not trained on, since those that were lie too near. Each of the two gets half of the share that may lie
+//!   beyond, so that both together flag no more.
 //!
 //! Deliberately absent: per-class temperatures, anything that changes which class is predicted.
 
@@ -24,6 +25,7 @@ use super::{Dataset, TrainError, judge, write_atomic};
 use crate::model::synthetic::Stream;
 use crate::model::{CLASS_KEYS, Model};
 use crate::report::calibration::{CALIBRATION_SCHEMA, Calibration, MAX_FEATURES, OodReference, Threshold};
+use crate::resample::texture::TextureMeter;
 
 /// Bins of the expected calibration error.
 pub const BINS: usize = 15;
@@ -39,6 +41,8 @@ pub struct Answers {
     pub logits: Vec<Vec<f64>>,
     /// Pooled features, one row a scan.
     pub pooled: Vec<Vec<f32>>,
+    /// Features of the input's texture, one row a scan.
+    pub texture: Vec<Vec<f32>>,
     /// True classes.
     pub classes: Vec<usize>,
     /// Whose scans they are.
@@ -52,7 +56,10 @@ impl Answers {
     /// A model for other data.
     pub fn of(model: &Model, data: &dyn Dataset, indices: &[usize], threads: usize) -> Result<Self, TrainError> {
         let mut all = Self::default();
-        judge::each(model, data, indices, threads, &mut |index, inference| {
+        let dhw = data.input_dhw();
+        let mut meter = TextureMeter::new(dhw);
+        judge::each(model, data, indices, threads, &mut |index, volume, inference| {
+            all.texture.push(meter.measure(volume).features(dhw).to_vec());
             all.logits.push(inference.logits.iter().map(|l| f64::from(*l)).collect());
             all.pooled.push(inference.pooled.clone());
             all.classes.push(data.class(index));
@@ -88,6 +95,7 @@ impl Answers {
         for i in (0..self.len()).filter(|&i| keep(&self.patients[i])) {
             some.logits.push(self.logits[i].clone());
             some.pooled.push(self.pooled[i].clone());
+            some.texture.push(self.texture[i].clone());
             some.classes.push(self.classes[i]);
             some.patients.push(self.patients[i].clone());
         }
@@ -238,14 +246,15 @@ struct Fitted {
     shrinkage: f64,
 }
 
-fn fit_features(reference: &Answers, classes: usize) -> Result<Fitted, TrainError> {
-    let n = reference.pooled.first().map_or(0, Vec::len);
-    if !(1..=MAX_FEATURES).contains(&n) || reference.pooled.iter().any(|f| f.len() != n) {
-        return Err(TrainError::Data(format!("expected 1 to {MAX_FEATURES} pooled features a scan, got {n}")));
+/// Of one row of features a scan, with the scans' classes, of which there are `classes`.
+fn fit_features(rows: &[Vec<f32>], of: &[usize], classes: usize) -> Result<Fitted, TrainError> {
+    let n = rows.first().map_or(0, Vec::len);
+    if !(1..=MAX_FEATURES).contains(&n) || rows.iter().any(|f| f.len() != n) {
+        return Err(TrainError::Data(format!("expected 1 to {MAX_FEATURES} features a scan, got {n}")));
     }
     let mut means = vec![0.0f64; classes * n];
     let mut counts = vec![0usize; classes];
-    for (row, &class) in reference.pooled.iter().zip(&reference.classes) {
+    for (row, &class) in rows.iter().zip(of) {
         counts[class] += 1;
         for (mean, v) in means[class * n..(class + 1) * n].iter_mut().zip(row) {
             *mean += f64::from(*v);
@@ -258,10 +267,9 @@ fn fit_features(reference: &Answers, classes: usize) -> Result<Fitted, TrainErro
     for (mean, i) in means.iter_mut().zip(0..) {
         *mean /= counts[i / n] as f64;
     }
-    let apart: Vec<Vec<f64>> = reference
-        .pooled
+    let apart: Vec<Vec<f64>> = rows
         .iter()
-        .zip(&reference.classes)
+        .zip(of)
         .map(|(row, &class)| row.iter().zip(&means[class * n..]).map(|(v, m)| f64::from(*v) - m).collect())
         .collect();
     let scans = apart.len() as f64;
@@ -281,7 +289,7 @@ fn fit_features(reference: &Answers, classes: usize) -> Result<Fitted, TrainErro
     // Ledoit and Wolf: the target is the identity times the mean variance.
     let mean_variance = (0..n).map(|i| covariance[i * n + i]).sum::<f64>() / n as f64;
     if mean_variance <= 0.0 {
-        return Err(TrainError::Data("the pooled features do not vary".to_owned()));
+        return Err(TrainError::Data("the features do not vary".to_owned()));
     }
     let square = |v: f64| v * v;
     let spread =
@@ -390,23 +398,10 @@ pub fn calibrate(
             thresholds.insert((*key).to_owned(), t);
         }
     }
-    let fitted = fit_features(reference, CLASS_KEYS.len())?;
-    let mut ood = OodReference {
-        features: fitted.means.len() / CLASS_KEYS.len(),
-        scans: reference.len(),
-        shrinkage: fitted.shrinkage,
-        limit: 1.0,
-        quantile: options.quantile,
-        limit_scans: held_out.len(),
-        means: fitted.means,
-        whitening: fitted.whitening,
-    };
-    let mut distances: Vec<f64> = held_out.pooled.iter().filter_map(|f| ood.score(f)).collect();
-    distances.sort_unstable_by(f64::total_cmp);
-    let at = ((options.quantile * distances.len() as f64).ceil() as usize).clamp(1, distances.len().max(1)) - 1;
-    ood.limit = distances.get(at).copied().filter(|d| *d > 0.0).ok_or_else(|| {
-        TrainError::Data("the held-out scans have no distance from the training data; are they the same?".to_owned())
-    })?;
+    // Of what may lie beyond a limit, half for each: both together are then within bounds whatever they share.
+    let quantile = 0.5 + 0.5 * options.quantile;
+    let ood = reference_of([&reference.pooled[..], &held_out.pooled], &reference.classes, quantile)?;
+    let texture = reference_of([&reference.texture[..], &held_out.texture], &reference.classes, quantile)?;
     let calibration = Calibration {
         schema: CALIBRATION_SCHEMA.to_owned(),
         model: model.manifest.id.clone(),
@@ -416,8 +411,35 @@ pub fn calibrate(
         thresholds,
         expected_calibration_error: Some([before, after]),
         ood: Some(ood),
+        texture: Some(texture),
     };
     Ok(calibration)
+}
+
+/// The reference of features `[of the training scans, of held-out scans]`; `classes` are those of the former.
+fn reference_of(
+    [rows, held_out]: [&[Vec<f32>]; 2],
+    classes: &[usize],
+    quantile: f64,
+) -> Result<OodReference, TrainError> {
+    let fitted = fit_features(rows, classes, CLASS_KEYS.len())?;
+    let mut reference = OodReference {
+        features: fitted.means.len() / CLASS_KEYS.len(),
+        scans: rows.len(),
+        shrinkage: fitted.shrinkage,
+        limit: 1.0,
+        quantile,
+        limit_scans: held_out.len(),
+        means: fitted.means,
+        whitening: fitted.whitening,
+    };
+    let mut distances: Vec<f64> = held_out.iter().filter_map(|f| reference.score(f)).collect();
+    distances.sort_unstable_by(f64::total_cmp);
+    let at = ((quantile * distances.len() as f64).ceil() as usize).clamp(1, distances.len().max(1)) - 1;
+    reference.limit = distances.get(at).copied().filter(|d| *d > 0.0).ok_or_else(|| {
+        TrainError::Data("the held-out scans have no distance from the training data; are they the same?".to_owned())
+    })?;
+    Ok(reference)
 }
 
 /// Writes the calibration as TOML, after reading back what would be written.
@@ -501,6 +523,7 @@ mod tests {
                 2
             });
             a.pooled.push(logits.iter().map(|l| *l as f32).collect());
+            a.texture.push(vec![s.uniform(5 * i + 4) as f32]);
             a.logits.push(logits);
             a.patients.push(format!("p{}", i / 2));
         }
@@ -559,7 +582,7 @@ mod tests {
             reference.pooled.push(row(i, (i % 3) as usize));
             reference.classes.push((i % 3) as usize);
         }
-        let fitted = fit_features(&reference, 3).unwrap();
+        let fitted = fit_features(&reference.pooled, &reference.classes, 3).unwrap();
         assert!(fitted.shrinkage < 0.02, "{}", fitted.shrinkage);
         let ood = OodReference {
             features: 3,
@@ -577,9 +600,6 @@ mod tests {
         // Two deviations along the correlation are near, two against it are far.
         assert!(ood.score(&[2.0, 4.0, 0.0]).unwrap() < 2.5);
         assert!(ood.score(&[2.0, -4.0, 0.0]).unwrap() > 8.0);
-        assert!(
-            fit_features(&Answers { pooled: vec![vec![1.0]; 9], classes: vec![0; 9], ..Answers::default() }, 3)
-                .is_err()
-        );
+        assert!(fit_features(&vec![vec![1.0]; 9], &[0; 9], 3).is_err());
     }
 }

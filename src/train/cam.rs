@@ -232,7 +232,7 @@ pub fn evaluate(
         ));
     }
     let (mut cases, mut kept) = (Vec::new(), Vec::new());
-    judge::each(model, data, &with_mask, threads, &mut |index, inference| {
+    judge::each(model, data, &with_mask, threads, &mut |index, _, inference| {
         let class = data.class(index);
         let cam = class_activation_map(inference, model.weights.head_weight(), class);
         let map = on_grid(&cam, data.input_dhw());

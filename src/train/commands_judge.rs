@@ -229,9 +229,10 @@ fn summary(fitted: &Calibration, held_out: &Answers) -> String {
             interval(t.specificity_interval_95)
         );
     }
-    if let Some(ood) = &fitted.ood {
+    for (name, reference) in [("pooled", &fitted.ood), ("texture", &fitted.texture)] {
+        let Some(ood) = reference else { continue };
         out += &format!(
-            "{} features of {} scans, shrinkage {:.3}; the limit is the {} quantile of {} scans\n",
+            "{} {name} features of {} scans, shrinkage {:.3}; the limit is the {} quantile of {} scans\n",
             ood.features, ood.scans, ood.shrinkage, ood.quantile, ood.limit_scans
         );
     }

@@ -1,6 +1,7 @@
 //! A model's answers on prepared scans, by the scanner's own engine. No libtorch.
 //!
-//! Input: a [`Model`], a [`Dataset`], the scans. Output: one [`Inference`] a scan, in order, to a closure. The `cpu`
+//! Input: a [`Model`], a [`Dataset`], the scans. Output: each scan with its [`Inference`], in order, to a
+//! closure. The `cpu`
 //! backend computes them, so that what is measured here (maps, pooled features, logits) is what the daemon will see.
 
 use half::f16;
@@ -37,7 +38,7 @@ pub fn each(
     data: &dyn Dataset,
     indices: &[usize],
     threads: usize,
-    take: &mut dyn FnMut(usize, &Inference) -> Result<(), TrainError>,
+    take: &mut dyn FnMut(usize, &[f32], &Inference) -> Result<(), TrainError>,
 ) -> Result<(), TrainError> {
     check(model, data)?;
     let failed = |e: crate::engine::EngineError| TrainError::Data(format!("model {}: {e}", model.manifest.id));
@@ -50,7 +51,7 @@ pub fn each(
         volume.clear();
         volume.extend(data.volume_f16(index).iter().map(|v: &f16| v.to_f32()));
         session.run(&volume, &cancel, &mut out).map_err(failed)?;
-        take(index, &out)?;
+        take(index, &volume, &out)?;
     }
     Ok(())
 }

@@ -73,6 +73,12 @@ pub struct ShiftRow {
     pub flagged: f64,
     /// Median score of those judged; 1 is the limit.
     pub score: Option<f64>,
+    /// Median of the pooled features' part of it.
+    #[serde(default)]
+    pub features: Option<f64>,
+    /// Median of the texture's part of it.
+    #[serde(default)]
+    pub texture: Option<f64>,
 }
 
 /// Where an axis lets the score rise and accuracy fall.
@@ -200,9 +206,9 @@ pub fn run(
     options: &ShiftOptions,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<ShiftDocument, TrainError> {
-    let Some(reference) = &calibration.ood else {
+    if calibration.ood.is_none() {
         return Err(TrainError::Data("the calibration has no reference features; run calibrate first".to_owned()));
-    };
+    }
     if !(3..=MAX_COUNT).contains(&options.count) {
         let got = options.count.to_string();
         return Err(TrainError::Option { option: "count", expected: format!("3 to {MAX_COUNT}"), got });
@@ -250,9 +256,15 @@ pub fn run(
                 return Err(TrainError::Data("every phantom was refused as it is".to_owned()));
             }
             let refused = made.len() - answers.len();
-            let mut scores: Vec<f64> = answers.pooled.iter().filter_map(|f| reference.score(f)).collect();
-            scores.sort_unstable_by(f64::total_cmp);
-            let flagged = scores.iter().filter(|s| **s > 1.0).count();
+            let features = answers.pooled.iter().zip(&answers.texture);
+            let ood: Vec<_> = features.filter_map(|(p, t)| calibration.ood(p, t, false)).collect();
+            let flagged = ood.iter().filter(|o| o.flag).count();
+            let scores: Vec<[Option<f64>; 3]> = ood.iter().map(|o| [o.score, o.features, o.texture]).collect();
+            let median = |of: usize| {
+                let mut scores: Vec<f64> = scores.iter().filter_map(|s| s[of]).collect();
+                scores.sort_unstable_by(f64::total_cmp);
+                scores.get(scores.len() / 2).copied()
+            };
             rows.push(ShiftRow {
                 axis: (*axis).to_owned(),
                 step,
@@ -261,7 +273,9 @@ pub fn run(
                 refused,
                 accuracy: (!answers.is_empty()).then(|| answers.accuracy()),
                 flagged: (flagged + refused) as f64 / made.len() as f64,
-                score: scores.get(scores.len() / 2).copied(),
+                score: median(0),
+                features: median(1),
+                texture: median(2),
             });
         }
     }
@@ -293,21 +307,24 @@ fn verdict(axis: &str, rows: &[ShiftRow]) -> ShiftVerdict {
 pub fn markdown(document: &ShiftDocument) -> String {
     let mut out = format!("# Model {} on shifted phantoms\n\n", document.model);
     out.push_str(
-        "| axis | step | judged | refused | accuracy, % | flagged or refused, % | median score (1 is the limit) |\n",
+        "| axis | step | judged | refused | accuracy, % | flagged or refused, % | median score (1 is the limit) | \
+         of features | of texture |\n",
     );
-    out.push_str("|---|---|---|---|---|---|---|\n");
+    out.push_str("|---|---|---|---|---|---|---|---|---|\n");
     let number = |v: Option<f64>, digits: usize| v.map_or("–".to_owned(), |v| format!("{v:.digits$}"));
     for r in &document.rows {
         let _ = writeln!(
             out,
-            "| {} | {} | {} | {} | {} | {:.1} | {} |",
+            "| {} | {} | {} | {} | {} | {:.1} | {} | {} | {} |",
             r.axis,
             r.what,
             r.scans,
             r.refused,
             number(r.accuracy.map(|a| 100.0 * a), 1),
             100.0 * r.flagged,
-            number(r.score, 2)
+            number(r.score, 2),
+            number(r.features, 2),
+            number(r.texture, 2)
         );
     }
     out.push('\n');
@@ -360,7 +377,18 @@ mod tests {
 
     fn row(axis: &str, step: usize, accuracy: f64, flagged: f64) -> ShiftRow {
         let accuracy = Some(accuracy).filter(|a| a.is_finite());
-        ShiftRow { axis: axis.into(), step, what: String::new(), scans: 10, refused: 0, accuracy, flagged, score: None }
+        ShiftRow {
+            axis: axis.into(),
+            step,
+            what: String::new(),
+            scans: 10,
+            refused: 0,
+            accuracy,
+            flagged,
+            score: None,
+            features: None,
+            texture: None,
+        }
     }
 
     #[test]

@@ -1,7 +1,9 @@
 // The words of CUDA C++ that the resampling kernels use, for a C++ compiler: the kernels run as plain functions, one
 // thread after the other. Compile without contraction of multiplications and additions.
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #define __global__
@@ -20,5 +22,7 @@ static inline float __uint_as_float(unsigned bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+static inline void atomicAdd(unsigned long long* to, unsigned long long value) { *to += value; }
 using std::fmaxf;
 using std::fminf;
+using std::min;

@@ -3,6 +3,8 @@
 //   1 in_plane: words, pixels, floats of output, low, inverse width, rows and columns of output along stored axes;
 //               then the table, the pixels
 //   2 gather:   words, slices, floats a slice, planes; then the table, the slices one after the other
+//   3 texture:  depth, height, width, rows a thread, levels as a float, clip; then the input. Twelve sums come back as
+//               pairs of words in the place of floats
 #include "cuda_words.h"
 
 #include KERNELS
@@ -45,6 +47,21 @@ int main() {
             Index block = {32, 8, 1};
             Index grid = {(along[1] + 31) / 32, (along[0] + 7) / 8, 1};
             launch(grid, block, [&] { in_plane_f32(hu.data(), words.data(), window[0], window[1], out.data()); });
+        } else if (kind == 3) {
+            unsigned shape[4], clip;
+            float levels;
+            get(shape, 4);
+            get(&levels, 1);
+            get(&clip, 1);
+            std::vector<float> input((size_t)shape[0] * shape[1] * shape[2]);
+            get(input.data(), input.size());
+            std::vector<unsigned long long> sums(12, 0);
+            Index grid = {(shape[2] + 63) / 64, shape[0], (shape[1] + shape[3] - 1) / shape[3]};
+            launch(grid, {64, 1, 1}, [&] {
+                texture_f32(input.data(), shape[0], shape[1], shape[2], shape[3], levels, (int)clip, sums.data());
+            });
+            out.resize(24);
+            std::memcpy(out.data(), sums.data(), 24 * sizeof(float));
         } else {
             unsigned counts[4];
             get(counts, 4);
