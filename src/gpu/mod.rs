@@ -29,7 +29,7 @@ pub use stream::{Event, Graph, Stream};
 use nvrtc::{Nvrtc, Product};
 
 /// Functions of the driver that this crate calls, so that none is found missing later.
-const DRIVER_FUNCTIONS: [&str; 43] = [
+const DRIVER_FUNCTIONS: [&str; 46] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGet",
@@ -46,6 +46,8 @@ const DRIVER_FUNCTIONS: [&str; 43] = [
     "cuMemFree_v2",
     "cuMemHostAlloc",
     "cuMemFreeHost",
+    "cuMemcpyHtoD_v2",
+    "cuMemcpyDtoH_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
@@ -72,6 +74,7 @@ const DRIVER_FUNCTIONS: [&str; 43] = [
     "cuGraphDestroy",
     "cuGraphExecDestroy",
     "cuGetErrorName",
+    "cuGetErrorString",
     "cuTensorMapEncodeTiled",
 ];
 

@@ -29,6 +29,9 @@ pub fn check(model: &Model, data: &dyn Dataset) -> Result<(), TrainError> {
     Ok(())
 }
 
+/// Hears of one scan: its index, the network's input, what the network says.
+pub type Take<'a> = dyn FnMut(usize, &[f32], &Inference) -> Result<(), TrainError> + 'a;
+
 /// The scanner's view of `model`, on `threads` threads (0: one a core).
 ///
 /// # Errors
@@ -38,7 +41,7 @@ pub fn each(
     data: &dyn Dataset,
     indices: &[usize],
     threads: usize,
-    take: &mut dyn FnMut(usize, &[f32], &Inference) -> Result<(), TrainError>,
+    take: &mut Take<'_>,
 ) -> Result<(), TrainError> {
     check(model, data)?;
     let failed = |e: crate::engine::EngineError| TrainError::Data(format!("model {}: {e}", model.manifest.id));

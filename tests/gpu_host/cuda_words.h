@@ -12,7 +12,8 @@
 struct Index {
     unsigned x, y, z;
 };
-static Index threadIdx, blockIdx, blockDim, gridDim;
+// Streams of the simulated driver run kernels side by side.
+static thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
@@ -22,7 +23,7 @@ static inline float __uint_as_float(unsigned bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
-static inline void atomicAdd(unsigned long long* to, unsigned long long value) { *to += value; }
+static inline void atomicAdd(unsigned long long* to, unsigned long long value) { __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
 using std::fmaxf;
 using std::fminf;
 using std::min;

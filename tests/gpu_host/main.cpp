@@ -5,7 +5,7 @@
 //   2 gather:   words, slices, floats a slice, planes; then the table, the slices one after the other
 //   3 texture:  depth, height, width, rows a thread, levels as a float, clip; then the input. Twelve sums come back as
 //               pairs of words in the place of floats
-#include "cuda_words.h"
+#include "launch.h"
 
 #include KERNELS
 
@@ -17,16 +17,6 @@ template <class T> static void get(T* to, size_t count) {
     if (std::fread(to, sizeof(T), count, stdin) != count) {
         std::exit(2);
     }
-}
-
-template <class F> static void launch(Index grid, Index block, F kernel) {
-    gridDim = grid;
-    blockDim = block;
-    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-        for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-                for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y)
-                    for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel();
 }
 
 int main() {

@@ -414,14 +414,8 @@ fn pointwise(
     operation.finalize()
 }
 
-/// `y = conv(x, w)`, summed in f32.
-fn convolution(
-    library: &Arc<Library>,
-    spec: &ConvSpec,
-    x: &Descriptor,
-    w: &Descriptor,
-    y: &Descriptor,
-) -> Result<Descriptor, CudnnError> {
+/// Axes, padding and step of a convolution, summed in f32.
+fn convolution_descriptor(library: &Arc<Library>, spec: &ConvSpec) -> Result<Descriptor, CudnnError> {
     let mut how = Descriptor::new(library, kind!(CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR))?;
     let mode: ConvolutionMode = Enumerated(sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION as u32);
     let padding = extents(spec.padding_dhw);
@@ -432,7 +426,18 @@ fn convolution(
     how.set(attribute!(CUDNN_ATTR_CONVOLUTION_POST_PADDINGS), &padding)?;
     how.set(attribute!(CUDNN_ATTR_CONVOLUTION_DILATIONS), &[1i64; 3])?;
     how.set(attribute!(CUDNN_ATTR_CONVOLUTION_FILTER_STRIDES), &extents(spec.stride_dhw))?;
-    let how = how.finalize()?;
+    how.finalize()
+}
+
+/// `y = conv(x, w)`.
+fn convolution(
+    library: &Arc<Library>,
+    spec: &ConvSpec,
+    x: &Descriptor,
+    w: &Descriptor,
+    y: &Descriptor,
+) -> Result<Descriptor, CudnnError> {
+    let how = convolution_descriptor(library, spec)?;
     let mut operation = Descriptor::new(library, kind!(CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR))?;
     operation.refer(attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC), &[&how])?;
     operation.refer(attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X), &[x])?;

@@ -229,6 +229,110 @@ fn every_convolution_of_the_network_has_fused_tensor_core_plans_on_each_kind_of_
     }
 }
 
+/// A pass of training.
+#[derive(Clone, Copy, Debug)]
+enum Pass {
+    Forward,
+    Data,
+    Filter,
+}
+
+/// What cuDNN proposes first for a pass over bf16, whose filter (or its gradient) lies at multiples of `alignment` bytes:
+/// the notes of each engine that makes a plan.
+fn proposed(target: &Target<'_>, spec: &ConvSpec, pass: Pass, alignment: i64) -> Result<Vec<Vec<u32>>, CudnnError> {
+    const BF16: DataType = Enumerated(sys::cudnnDataType_t::CUDNN_DATA_BFLOAT16 as u32);
+    let library = target.library();
+    let aligned = |uid: i64, n: usize, c: usize, dhw: [usize; 3], alignment: i64| {
+        let mut tensor = Descriptor::new(library, kind!(CUDNN_BACKEND_TENSOR_DESCRIPTOR))?;
+        let ([d, h, w], n, c) = (extents(dhw), n as i64, c as i64);
+        tensor.set(attribute!(CUDNN_ATTR_TENSOR_UNIQUE_ID), &[uid])?;
+        tensor.set(attribute!(CUDNN_ATTR_TENSOR_DATA_TYPE), &[BF16])?;
+        tensor.set(attribute!(CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT), &[alignment])?;
+        tensor.set(attribute!(CUDNN_ATTR_TENSOR_DIMENSIONS), &[n, c, d, h, w])?;
+        tensor.set(attribute!(CUDNN_ATTR_TENSOR_STRIDES), &[d * h * w * c, 1, h * w * c, w * c, c])?;
+        tensor.finalize()
+    };
+    let x = aligned(uid::X, 1, spec.c_in, spec.input_dhw, 512)?;
+    let w = aligned(uid::W, spec.c_out, spec.c_in, spec.kernel_dhw, alignment)?;
+    let y = aligned(uid::Y, 1, spec.c_out, spec.output_dhw(), 512)?;
+    let how = convolution_descriptor(library, spec)?;
+    let (kind, [conv, of_x, of_w, of_y, alpha, beta]) = match pass {
+        Pass::Forward => (
+            kind!(CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR),
+            [
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_ALPHA),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_BETA),
+            ],
+        ),
+        Pass::Data => (
+            kind!(CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR),
+            [
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_CONV_DESC),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DX),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DY),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_ALPHA),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_BETA),
+            ],
+        ),
+        Pass::Filter => (
+            kind!(CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR),
+            [
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_CONV_DESC),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_X),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DY),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_ALPHA),
+                attribute!(CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_BETA),
+            ],
+        ),
+    };
+    let mut operation = Descriptor::new(library, kind)?;
+    for (name, part) in [(conv, &how), (of_x, &x), (of_w, &w), (of_y, &y)] {
+        operation.refer(name, &[part])?;
+    }
+    operation.set(alpha, &[1.0f32])?;
+    operation.set(beta, &[0.0f32])?;
+    let operation = operation.finalize()?;
+    let mut graph = Descriptor::new(library, kind!(CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR))?;
+    graph.refer(attribute!(CUDNN_ATTR_OPERATIONGRAPH_OPS), &[&operation])?;
+    let graph = graph.finalize()?;
+    let mut notes = Vec::new();
+    for configuration in proposals(target, &graph, sys::cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_INSTANT)? {
+        let (name, engine) = identify(&configuration, Fusion::Plain)?;
+        if let Ok(plan) = build(target, spec, &name, &engine, &configuration) {
+            let numerical = |note: &Note| if let Note::Numerical(n) = note { Some(*n) } else { None };
+            notes.push(plan.notes().iter().filter_map(numerical).collect());
+        }
+    }
+    Ok(notes)
+}
+
+/// `train::net::ALIGNED` half-precision numbers are 128 bytes, and an allocation begins at 512.
+#[test]
+fn training_has_matrix_units_in_every_pass_where_filters_are_aligned_and_on_hopper_in_none_at_odd_addresses() {
+    let library = library();
+    for device in [A100, L4, H200, RTX_5090] {
+        let target = device.target(&library);
+        for (case, _, spec) in CASES.iter().filter(|(case, uses, _)| *uses > 0 && !case.starts_with("stem")) {
+            for pass in [Pass::Forward, Pass::Data, Pass::Filter] {
+                let what = format!("{case}, {pass:?}, on {}", device.0);
+                let aligned = proposed(&target, spec, pass, 128).unwrap_or_else(|e| panic!("{what}: {e}"));
+                assert!(aligned.first().is_some_and(|notes| notes.contains(&0)), "{what}: {aligned:?}");
+                // Other devices have some at any address.
+                if device.0 == H200.0 {
+                    let odd = proposed(&target, spec, pass, 2).unwrap_or_default();
+                    assert!(odd.iter().all(|notes| !notes.contains(&0)), "{what}: {odd:?}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_plan_is_found_again_by_its_name() {
     let library = library();
