@@ -37,6 +37,12 @@ fn what_does_not_fit_the_gpu_is_left_to_the_processor() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn a_plane_dropped_before_it_is_made_does_not_spoil_the_next() {
+    device_support::dropped_before_it_is_made(gpu());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn a_daemon_on_a_gpu_gives_the_same_bits_in_any_order_of_arrival_and_agrees_with_cpu() {
     let series = phantom_series(7, 120, 256);
     let mut backwards = series.files.clone();

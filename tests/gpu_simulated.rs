@@ -178,6 +178,12 @@ fn what_does_not_fit_a_device_is_left_to_the_processor() {
 }
 
 #[test]
+fn a_plane_dropped_before_it_is_made_does_not_spoil_the_next() {
+    let (_one, _, gpu) = device();
+    device_support::dropped_before_it_is_made(gpu);
+}
+
+#[test]
 fn a_daemon_on_a_device_gives_the_processors_bits_in_any_order_of_arrival() {
     let (_one, simulated, gpu) = device();
     let series = phantom_series(7, 120, 256);

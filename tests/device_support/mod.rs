@@ -150,3 +150,22 @@ pub fn judged(backend: &dyn Backend, files: &[PathBuf], associations: usize) -> 
     daemon.shutdown(Duration::from_secs(1));
     notice.document
 }
+
+/// A plane that nobody read goes home while it is still being made; its next owner's values are the ones that stay.
+pub fn dropped_before_it_is_made(gpu: Arc<Gpu>) {
+    let plan = InPlanePlan::new(256, 256, InPlaneOrientation::default(), 1.0, [96, 96], [0.0, 0.0]);
+    let depth = DepthPlan::new(&[0.0, 1.0], DepthGrid::Fit, SliceDirection::FeetToHead, 2).unwrap();
+    let resampler = Arc::new(GpuResampler::new(gpu, WINDOW, [96, 96], 2).unwrap());
+    let mut gatherer = GpuGatherer::new(Arc::clone(&resampler), 2, 2).unwrap();
+    for round in 0..40 {
+        for unread in 0..3 {
+            drop(resampler.resample(&plan, &hu(256 * 256, 1000 + unread)).unwrap().expect("room"));
+        }
+        let slice = hu(256 * 256, round);
+        let pair = [(); 2].map(|()| resampler.resample(&plan, &slice).unwrap().expect("room"));
+        let mut expected = vec![0.0; 96 * 96];
+        in_plane(&plan, &WINDOW, &slice, &mut vec![0.0; plan.scratch_len()], &mut expected);
+        let got = gatherer.gather_to_host(&depth, &[&pair[0], &pair[1]]).unwrap().unwrap();
+        assert!(got.values.chunks(96 * 96).all(|plane| plane == expected), "round {round}");
+    }
+}
