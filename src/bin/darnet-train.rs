@@ -39,6 +39,8 @@ enum Command {
     Cam(train::commands_judge::CamArgs),
     /// Temperature, alert thresholds and likeness to the training data of a model
     Calibrate(Box<train::commands_judge::CalibrateArgs>),
+    /// Accuracy of scans that are flagged as unlike the training data, and of the others
+    Flags(train::commands_judge::FlagsArgs),
     /// Accuracy and distance score of a model on phantoms unlike its training data
     Shift(train::commands_judge::ShiftArgs),
     /// Tables from files of predictions (`validation.csv` of runs), one row a file
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => train::commands_fit::bench(&args),
         Command::Cam(args) => train::commands_judge::cam(&args),
         Command::Calibrate(args) => train::commands_judge::calibrate(&args),
+        Command::Flags(args) => train::commands_judge::flags(&args),
         Command::Shift(args) => train::commands_judge::shift(&args),
         Command::Tables { predictions, out } => tables(&predictions, &out),
     };

@@ -79,9 +79,14 @@ impl Answers {
         self.classes.is_empty()
     }
 
+    /// Whether the largest logit of scan `i` is that of its class.
+    pub fn is_right(&self, i: usize) -> bool {
+        largest(&self.logits[i]) == self.classes[i]
+    }
+
     /// Share of scans whose largest logit is that of their class.
     pub fn accuracy(&self) -> f64 {
-        let right = self.logits.iter().zip(&self.classes).filter(|(l, c)| largest(l) == **c).count();
+        let right = (0..self.len()).filter(|&i| self.is_right(i)).count();
         right as f64 / self.len().max(1) as f64
     }
 

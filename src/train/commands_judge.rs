@@ -1,4 +1,4 @@
-//! `darnet-train cam`, `calibrate`, `shift`: arguments, progress, documents. No libtorch.
+//! `darnet-train cam`, `calibrate`, `flags`, `shift`: arguments, progress, documents. No libtorch.
 //!
 //! Documents go to stdout, progress to stderr. What is computed lies in the other modules.
 
@@ -10,7 +10,9 @@ use clap::Args;
 
 use super::calibrate::{Answers, CalibrateOptions};
 use super::shift::ShiftOptions;
-use super::{Cache, Split, calibrate as calibration, cam as maps, judge, shift as drift, write_atomic};
+use super::{
+    Cache, Split, calibrate as calibration, cam as maps, flags as parted, judge, shift as drift, write_atomic,
+};
 use crate::model::Model;
 use crate::report::calibration::Calibration;
 
@@ -239,6 +241,45 @@ fn summary(fitted: &Calibration, held_out: &Answers) -> String {
     out
 }
 
+/// The calibration that a model names, checked to be its own.
+fn calibration_of(model: &Model) -> anyhow::Result<Calibration> {
+    let text = model.calibration_text.as_deref().context("the model has no calibration; run calibrate first")?;
+    let fitted = Calibration::parse(text)?;
+    fitted.check_model(&model.manifest.id, &model.sha256)?;
+    Ok(fitted)
+}
+
+/// `darnet-train flags`.
+#[derive(Args, Clone, Debug)]
+pub struct FlagsArgs {
+    /// The model with its calibration
+    #[arg(value_name = "DIR")]
+    model: PathBuf,
+    #[command(flatten)]
+    scans: ScanArgs,
+    /// Where the table goes
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Threads; 0: one a core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+/// Runs `darnet-train flags`: accuracy of scans that are flagged as unlike the training data, and of the others.
+///
+/// # Errors
+/// A model without a calibration, or data that do not fit.
+pub fn flags(args: &FlagsArgs) -> anyhow::Result<()> {
+    let model = load(&args.model)?;
+    let fitted = calibration_of(&model)?;
+    let (cache, indices) = args.scans.open()?;
+    let answers = Answers::of(&model, &cache, &indices, args.threads)?;
+    let document = parted::part(&model, &fitted, &answers)?;
+    parted::write(&args.out, &document)?;
+    print!("{}", parted::markdown(&document));
+    Ok(())
+}
+
 /// `darnet-train shift`.
 #[derive(Args, Clone, Debug)]
 pub struct ShiftArgs {
@@ -268,9 +309,7 @@ pub struct ShiftArgs {
 /// A model without reference features, phantoms that are all refused, a full disk.
 pub fn shift(args: &ShiftArgs) -> anyhow::Result<()> {
     let model = load(&args.model)?;
-    let text = model.calibration_text.as_deref().context("the model has no calibration; run calibrate first")?;
-    let fitted = Calibration::parse(text)?;
-    fitted.check_model(&model.manifest.id, &model.sha256)?;
+    let fitted = calibration_of(&model)?;
     let options = ShiftOptions { count: args.count, seed: args.seed, side: args.size, threads: args.threads };
     let bar = indicatif::ProgressBar::new(args.count as u64);
     let document = drift::run(&model, &fitted, &options, &|done| bar.set_position(done as u64))?;

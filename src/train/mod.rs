@@ -31,6 +31,7 @@ pub mod commands_data;
 pub mod commands_judge;
 pub mod contact;
 pub mod error;
+pub mod flags;
 pub mod import;
 pub mod judge;
 pub(crate) mod layout;
