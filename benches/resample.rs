@@ -1,4 +1,4 @@
-//! Resampling, per size: in-plane from stored slices, the gather along depth, the lung check.
+//! Resampling, per size: in-plane from stored slices, the gather along depth, the texture, the lung check.
 //!
 //! `cargo bench --bench resample`
 
@@ -7,6 +7,7 @@ use darnet::model::manifest::{DepthGrid, SliceDirection};
 use darnet::resample::cpu::{Window, gather, in_plane};
 use darnet::resample::lung::LungCheck;
 use darnet::resample::plan::{DepthPlan, InPlanePlan};
+use darnet::resample::texture::TextureMeter;
 use darnet::volume::geometry::InPlaneOrientation;
 use std::hint::black_box;
 
@@ -52,11 +53,18 @@ fn gather_bench(c: &mut Criterion) {
     group.finish();
 }
 
+fn texture_bench(c: &mut Criterion) {
+    let dhw = [64, 224, 224];
+    let input: Vec<f32> = (0..64 * 224 * 224).map(|i| ((i * 7919) % 4096) as f32 / 4096.0).collect();
+    let mut meter = TextureMeter::new(dhw);
+    c.bench_function("texture/64x224x224", |b| b.iter(|| meter.measure(black_box(&input))));
+}
+
 fn lung_bench(c: &mut Criterion) {
     let hu = slice(512);
     let mut check = LungCheck::new(512, 512);
     c.bench_function("lung_check/512", |b| b.iter(|| check.slice_stats(black_box(&hu), [0.7, 0.7])));
 }
 
-criterion_group!(benches, in_plane_bench, gather_bench, lung_bench);
+criterion_group!(benches, in_plane_bench, gather_bench, texture_bench, lung_bench);
 criterion_main!(benches);

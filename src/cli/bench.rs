@@ -23,6 +23,7 @@ use darnet::pipeline::{Daemon, observer};
 use darnet::resample::cpu::{Window, gather, in_plane};
 use darnet::resample::cuda::{DevicePlane, GpuGatherer, GpuResampler};
 use darnet::resample::plan::{DepthPlan, InPlanePlan};
+use darnet::resample::texture::TextureMeter;
 use darnet::volume::geometry::InPlaneOrientation;
 use serde_json::{Value, json};
 
@@ -248,12 +249,20 @@ fn resample(args: &BenchArgs) -> anyhow::Result<Value> {
         gather(&depth, &planes, &mut volume);
         gather_runs.push(started.elapsed().as_secs_f64());
     }
+    let mut meter = TextureMeter::new([d, h, w]);
+    let mut texture_runs = Vec::new();
+    for _ in 0..args.runs {
+        let started = Instant::now();
+        std::hint::black_box(meter.measure(&volume));
+        texture_runs.push(started.elapsed().as_secs_f64());
+    }
     let mut document = json!({
         "bench": "resample",
         "slices": args.slices,
         "in_plane_512_to": [h, w],
         "in_plane": spread(in_plane_runs),
         "gather": spread(gather_runs),
+        "texture": spread(texture_runs),
     });
     if matches!(args.engine.backend, BackendKind::Cuda | BackendKind::Tensorrt) {
         document["gpu"] = resample_on_gpu(args, &window, &plan, &depth, &hu, &volume)?;
