@@ -174,6 +174,18 @@ int cuStreamSynchronize(void* stream)
     }
     return 0;
 }
+int cuMemcpyHtoD_v2(uintptr_t to, void const* from, size_t bytes)
+{
+    MAY_FAIL
+    std::memcpy(stand_in_host_view(reinterpret_cast<void*>(to)), from, bytes);
+    return 0;
+}
+int cuMemcpyDtoH_v2(void* to, uintptr_t from, size_t bytes)
+{
+    MAY_FAIL
+    std::memcpy(to, stand_in_host_view(reinterpret_cast<void*>(from)), bytes);
+    return 0;
+}
 int cuMemcpyHtoDAsync_v2(uintptr_t to, void const* from, size_t bytes, void* stream)
 {
     MAY_FAIL
