@@ -4,6 +4,7 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use darnet::model::manifest::{DepthGrid, SliceDirection};
+use darnet::resample::alone;
 use darnet::resample::cpu::{Window, gather, in_plane};
 use darnet::resample::lung::LungCheck;
 use darnet::resample::plan::{DepthPlan, InPlanePlan};
@@ -57,7 +58,7 @@ fn texture_bench(c: &mut Criterion) {
     let dhw = [64, 224, 224];
     let input: Vec<f32> = (0..64 * 224 * 224).map(|i| ((i * 7919) % 4096) as f32 / 4096.0).collect();
     let mut meter = TextureMeter::new(dhw);
-    c.bench_function("texture/64x224x224", |b| b.iter(|| meter.measure(black_box(&input))));
+    c.bench_function("texture/64x224x224", |b| b.iter(|| meter.measure(black_box(&input), &alone)));
 }
 
 fn lung_bench(c: &mut Criterion) {

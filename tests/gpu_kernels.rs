@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use darnet::gpu::Source;
 use darnet::gpu::nvrtc::{ENVIRONMENT, Nvrtc, Product};
 use darnet::model::manifest::{DepthGrid, SliceDirection};
+use darnet::resample::alone;
 use darnet::resample::cpu::{Window, gather, in_plane};
 use darnet::resample::cuda::{self, pack_depth, pack_in_plane};
 use darnet::resample::plan::{DepthPlan, InPlanePlan};
@@ -243,7 +244,7 @@ fn the_texture_kernel_gives_the_processors_sums() {
         words(&mut cases, &[3, dhw[0] as u32, dhw[1] as u32, dhw[2] as u32, strip]);
         words(&mut cases, &[LEVELS.to_bits(), CLIP as u32]);
         cases.extend(input.iter().flat_map(|v| v.to_ne_bytes()));
-        expected.push(TextureMeter::new(dhw).measure(&input));
+        expected.push(TextureMeter::new(dhw).measure(&input, &alone));
     }
     let got = host.run(cases);
     let sum = |pair: &[f32; 2]| u64::from(pair[0].to_bits()) | u64::from(pair[1].to_bits()) << 32;

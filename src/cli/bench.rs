@@ -20,6 +20,7 @@ use darnet::model::Model;
 use darnet::model::manifest::{Architecture, DepthGrid, SliceDirection};
 use darnet::phantom::{DicomOptions, Phantom, PhantomClass, PhantomSpec, generate, write_dicom};
 use darnet::pipeline::{Daemon, observer};
+use darnet::resample::alone;
 use darnet::resample::cpu::{Window, gather, in_plane};
 use darnet::resample::cuda::{DevicePlane, GpuGatherer, GpuResampler};
 use darnet::resample::plan::{DepthPlan, InPlanePlan};
@@ -253,7 +254,7 @@ fn resample(args: &BenchArgs) -> anyhow::Result<Value> {
     let mut texture_runs = Vec::new();
     for _ in 0..args.runs {
         let started = Instant::now();
-        std::hint::black_box(meter.measure(&volume));
+        std::hint::black_box(meter.measure(&volume, &alone));
         texture_runs.push(started.elapsed().as_secs_f64());
     }
     let mut document = json!({

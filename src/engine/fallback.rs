@@ -330,6 +330,13 @@ impl Session for FallbackSession {
         }
     }
 
+    fn share(&self, values: &mut [f32], len: usize, work: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        match self.active() {
+            Some(session) => session.share(values, len, work),
+            None => values.chunks_mut(len).enumerate().for_each(|(i, part)| work(i, part)),
+        }
+    }
+
     fn device_ms(&self) -> Option<f64> {
         self.active().and_then(Session::device_ms)
     }

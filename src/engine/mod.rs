@@ -392,6 +392,17 @@ pub trait Session: Send {
         Vec::new()
     }
 
+    /// Does `work` with each part of `values`, `len` elements long (the last may be shorter), by its number: on the session's
+    /// threads where it has some, which are idle between runs, otherwise one after the other. Allocates nothing.
+    ///
+    /// # Panics
+    /// When `len` is 0, or with the panic of `work`.
+    fn share(&self, values: &mut [f32], len: usize, work: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        for (i, part) in values.chunks_mut(len).enumerate() {
+            work(i, part);
+        }
+    }
+
     /// How much the last [`run`](Self::run) took over from [`advance`](Self::advance).
     fn reuse(&self) -> Reuse {
         Reuse::default()

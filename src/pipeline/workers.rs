@@ -23,6 +23,7 @@ use crate::pipeline::jobs::{
     Judged, ToInfer,
 };
 use crate::pipeline::planes::{PlanePool, SharedPlane, SlicePlane};
+use crate::resample::alone;
 use crate::resample::cpu::{SlicesToGather, Window, gather_plane, gather_slices, in_plane};
 use crate::resample::cuda::{DevicePlane, GpuResampler};
 use crate::resample::lung::{self, LungCheck, SliceLung};
@@ -334,7 +335,8 @@ impl Judge {
         let (inference, cam, gather_s, infer_s, cam_s) = loop {
             if !on_device {
                 self.gather(volume, &plan, &depth);
-                texture = self.meter.measure(&self.input);
+                let session = self.session.as_ref();
+                texture = self.meter.measure(&self.input, &|values, len, work| session.share(values, len, work));
             }
             let gather_s = started.elapsed().as_secs_f64();
             match self.infer(volume.cancel, on_device) {
@@ -426,7 +428,10 @@ impl Judge {
         let planes: Vec<Option<SharedPlane>> = volume.planes.iter().map(host).collect();
         let planes: Vec<Option<&[f32]>> = planes.iter().map(|p| p.as_ref().map(|p| p.values())).collect();
         let slices = SlicesToGather { hu: volume.hu, planes: &planes, shear_px };
-        gather_slices(&slices, plan, depth, &window, &mut self.scratch, &mut self.input);
+        let session = self.session.as_ref();
+        gather_slices(&slices, plan, depth, &window, &mut self.scratch, &mut self.input, &|values, len, work| {
+            session.share(values, len, work);
+        });
     }
 
     /// Runs the network on `input` as it is: D x H x W in [0, 1].
@@ -436,7 +441,7 @@ impl Judge {
     pub fn judge_tensor(&mut self, input: &[f32]) -> Result<JudgedTensor, Refusal> {
         self.gathered = None;
         self.input.copy_from_slice(input);
-        let texture = self.meter.measure(&self.input).features(self.input_dhw);
+        let texture = self.meter.measure(&self.input, &alone).features(self.input_dhw);
         let (inference, cam, infer_s, cam_s) = self
             .infer(&CancelToken::new(), false)
             .map_err(|error| Refusal::new(Reason::Internal, format!("run the network: {error}")))?;

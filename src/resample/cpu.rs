@@ -20,6 +20,7 @@
 //! 3.7 taps (0.35 M multiply-adds), the second 224 x 224 of 3.7 (0.19 M). Scratch: a ring of 4 rows, two blocks of 16 rows and
 //! one of 16 x 224 floats, about 75 KB, which the second-level cache holds.
 
+use super::Share;
 use super::plan::{DepthPlan, InPlanePlan};
 
 /// Outputs along stored rows that are filtered side by side.
@@ -236,7 +237,8 @@ pub struct SlicesToGather<'a> {
 /// Gathers all planes along depth, resampling in-plane the slices that are not yet. Every plane sums its slices in depth
 /// order, so it is the same to the bit whether they were resampled on arrival or are resampled here.
 ///
-/// `out` becomes `d * h * w`; `scratch` grows as needed. Only the slices of one plane are held at a time.
+/// `out` becomes `d * h * w`; `scratch` grows as needed. Where every slice was resampled before, `share` does the planes; else
+/// they are made one after the other, and only the slices of one are held at a time.
 ///
 /// # Panics
 /// When a length does not fit the plans.
@@ -247,6 +249,7 @@ pub fn gather_slices(
     window: &Window,
     scratch: &mut Vec<f32>,
     out: &mut [f32],
+    share: &Share<'_>,
 ) {
     let [h, w] = plan.out_hw();
     let area = h * w;
@@ -255,9 +258,7 @@ pub fn gather_slices(
     let shear = volume.shear_px;
     if shear.is_none() && volume.planes.iter().all(Option::is_some) {
         let planes: Vec<&[f32]> = volume.planes.iter().flatten().copied().collect();
-        for (plane, out) in out.chunks_exact_mut(area).enumerate() {
-            gather_plane(depth, plane, &planes, out);
-        }
+        share(out, area, &|plane, out| gather_plane(depth, plane, &planes, out));
         return;
     }
     scratch.resize(plan.scratch_len().max(scratch.len()), 0.0);

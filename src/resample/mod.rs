@@ -25,3 +25,16 @@ pub mod cuda;
 pub mod lung;
 pub mod plan;
 pub mod texture;
+
+/// What is done with a part, by its number.
+pub type PartWork<'a> = dyn Fn(usize, &mut [f32]) + Sync + 'a;
+/// Does work with each part of some values, so many elements long (the last may be shorter), each once, perhaps on several
+/// threads at a time.
+pub type Share<'a> = dyn Fn(&mut [f32], usize, &PartWork<'_>) + 'a;
+
+/// One part after the other.
+pub fn alone(values: &mut [f32], len: usize, work: &PartWork<'_>) {
+    for (i, part) in values.chunks_mut(len).enumerate() {
+        work(i, part);
+    }
+}

@@ -16,11 +16,16 @@
 //! are of noise and hold few edges. Sums are of whole numbers, so that order, threads and processor do not change them:
 //! the kernel of `kernels.cu` gives the same.
 //!
-//! Arithmetic, full size: 3.2 M values, twelve sums of 16-bit differences, 0.1 G operations; the last three planes as i16
-//! (0.3 MB) stay in the second-level cache.
+//! Arithmetic, full size: 3.2 M values, twelve sums of 16-bit differences, 0.1 G operations; a strip's last three planes as
+//! i16 (0.3 MB) stay in the second-level cache.
 //!
 //! Deliberately absent: grey values as such (the network sees a shift of those), any judgement.
 #![allow(unsafe_code)]
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::Share;
 
 /// Sums of a [`Texture`].
 pub const SUMS: usize = 12;
@@ -48,75 +53,101 @@ impl Texture {
     }
 }
 
+/// Planes of a part of the work. The two before it are made into levels twice.
+const STRIP: usize = 8;
+
 /// Makes [`Texture`]s of inputs of one shape; owns its scratch.
 #[derive(Clone, Debug)]
 pub struct TextureMeter {
     dhw: [usize; 3],
-    /// The last three planes as levels, by plane modulo 3.
-    planes: [Vec<i16>; 3],
+    /// For each strip its last three planes as levels, by plane modulo 3: two levels in the place of a float.
+    planes: Vec<f32>,
 }
 
 impl TextureMeter {
-    /// Takes the memory: three planes.
+    /// Takes the memory: three planes of 16 bits for each eight of the input.
     pub fn new(dhw: [usize; 3]) -> Self {
-        Self { dhw, planes: std::array::from_fn(|_| vec![0; dhw[1] * dhw[2]]) }
+        Self { dhw, planes: vec![0.0; dhw[0].div_ceil(STRIP) * Self::strip_len(dhw)] }
     }
 
-    /// The texture of `input`, `D x H x W` in [0, 1].
+    fn strip_len([_, h, w]: [usize; 3]) -> usize {
+        (3 * h * w).div_ceil(2).max(1)
+    }
+
+    /// The texture of `input`, `D x H x W` in [0, 1]; `share` does its strips.
     ///
     /// # Panics
     /// When the length is not that of the shape.
-    pub fn measure(&mut self, input: &[f32]) -> Texture {
-        #[cfg(target_arch = "x86_64")]
-        if std::is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has it, as just asked.
-            return unsafe { self.measure_avx2(input) };
-        }
-        self.measure_plain(input)
+    pub fn measure(&mut self, input: &[f32], share: &Share<'_>) -> Texture {
+        let dhw = self.dhw;
+        assert_eq!(input.len(), dhw.iter().product::<usize>(), "length of the input");
+        let sums: [AtomicU64; SUMS] = std::array::from_fn(|_| AtomicU64::new(0));
+        share(&mut self.planes, Self::strip_len(dhw), &|strip, scratch| {
+            let first = strip * STRIP;
+            let found = strip_sums(input, dhw, first..dhw[0].min(first + STRIP), bytemuck::cast_slice_mut(scratch));
+            for (sum, found) in sums.iter().zip(found) {
+                sum.fetch_add(found, Ordering::Relaxed);
+            }
+        });
+        Texture(sums.map(AtomicU64::into_inner))
     }
+}
 
-    /// [`measure_plain`](Self::measure_plain) on vectors of 32 bytes; half its time.
+/// The sums whose last plane is in `strip`; `planes` has room for three planes of levels.
+fn strip_sums(input: &[f32], dhw: [usize; 3], strip: Range<usize>, planes: &mut [i16]) -> [u64; SUMS] {
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn measure_avx2(&mut self, input: &[f32]) -> Texture {
-        self.measure_plain(input)
+    if std::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has it, as just asked.
+        return unsafe { strip_sums_avx2(input, dhw, strip, planes) };
     }
+    strip_sums_plain(input, dhw, strip, planes)
+}
 
-    #[inline(always)]
-    fn measure_plain(&mut self, input: &[f32]) -> Texture {
-        let [d, h, w] = self.dhw;
-        assert_eq!(input.len(), d * h * w, "length of the input");
-        let mut sums = [[0u64; 4]; 3];
-        let [along_d, along_h, along_w] = &mut sums;
-        for (plane, values) in input.chunks_exact((h * w).max(1)).enumerate() {
-            for (level, value) in self.planes[plane % 3].iter_mut().zip(values) {
-                *level = (LEVELS * value + 0.5) as i16;
+/// [`strip_sums_plain`] on vectors of 32 bytes; half its time.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn strip_sums_avx2(input: &[f32], dhw: [usize; 3], strip: Range<usize>, planes: &mut [i16]) -> [u64; SUMS] {
+    strip_sums_plain(input, dhw, strip, planes)
+}
+
+#[inline(always)]
+fn strip_sums_plain(input: &[f32], dhw: [usize; 3], strip: Range<usize>, planes: &mut [i16]) -> [u64; SUMS] {
+    let [_, h, w] = dhw;
+    let area = h * w;
+    let mut sums = [[0u64; 4]; 3];
+    let [along_d, along_h, along_w] = &mut sums;
+    for plane in strip.start.saturating_sub(2)..strip.end {
+        let levels = &mut planes[plane % 3 * area..][..area];
+        for (level, value) in levels.iter_mut().zip(&input[plane * area..][..area]) {
+            *level = (LEVELS * value + 0.5) as i16;
+        }
+        if plane < strip.start {
+            continue;
+        }
+        let row = |back: usize, y: usize| &planes[(plane + 3 - back) % 3 * area + y * w..][..w];
+        for y in 0..h {
+            let here = row(0, y);
+            if plane >= 1 {
+                first(row(1, y), here, along_d);
             }
-            let row = |back: usize, y: usize| &self.planes[(plane + 3 - back) % 3][y * w..(y + 1) * w];
-            for y in 0..h {
-                let here = row(0, y);
-                if plane >= 1 {
-                    first(row(1, y), here, along_d);
-                }
-                if plane >= 2 {
-                    second(row(2, y), row(1, y), here, along_d);
-                }
-                if y >= 1 {
-                    first(row(0, y - 1), here, along_h);
-                }
-                if y >= 2 {
-                    second(row(0, y - 2), row(0, y - 1), here, along_h);
-                }
-                if w >= 2 {
-                    first(&here[..w - 1], &here[1..], along_w);
-                }
-                if w >= 3 {
-                    second(&here[..w - 2], &here[1..w - 1], &here[2..], along_w);
-                }
+            if plane >= 2 {
+                second(row(2, y), row(1, y), here, along_d);
+            }
+            if y >= 1 {
+                first(row(0, y - 1), here, along_h);
+            }
+            if y >= 2 {
+                second(row(0, y - 2), row(0, y - 1), here, along_h);
+            }
+            if w >= 2 {
+                first(&here[..w - 1], &here[1..], along_w);
+            }
+            if w >= 3 {
+                second(&here[..w - 2], &here[1..w - 1], &here[2..], along_w);
             }
         }
-        Texture(std::array::from_fn(|i| sums[i / 4][i % 4]))
     }
+    std::array::from_fn(|i| sums[i / 4][i % 4])
 }
 
 /// Adds one row's first differences. A row's sums fit 32 bits: a term is 16,380 at most, a row has fewer than 2^17.
@@ -147,6 +178,7 @@ fn second(a: &[i16], b: &[i16], c: &[i16], sums: &mut [u64; 4]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{PartWork, alone};
     use super::*;
 
     /// Values in [0, 1] from a fixed stream.
@@ -157,6 +189,15 @@ mod tests {
             (state >> 40) as f32 / (1u32 << 24) as f32
         };
         (0..n).map(|_| next()).collect()
+    }
+
+    /// Every part on a thread of its own.
+    fn threads(values: &mut [f32], len: usize, work: &PartWork<'_>) {
+        std::thread::scope(|scope| {
+            for (i, part) in values.chunks_mut(len).enumerate() {
+                scope.spawn(move || work(i, part));
+            }
+        });
     }
 
     /// The definition, one term after the other.
@@ -187,7 +228,7 @@ mod tests {
 
     #[test]
     fn sums_are_those_of_the_definition_on_every_path() {
-        for (seed, dhw) in [[1, 1, 1], [2, 3, 2], [5, 7, 9], [3, 2, 33], [4, 17, 40], [7, 1, 65]].iter().enumerate() {
+        for (seed, dhw) in [[1, 1, 1], [2, 3, 2], [17, 7, 9], [3, 2, 33], [26, 17, 40], [8, 1, 65]].iter().enumerate() {
             let n: usize = dhw.iter().product();
             let mut input = values(n, seed as u64);
             // Differences below and above the clip, and both ends of the range.
@@ -199,9 +240,11 @@ mod tests {
             let wanted = obvious(&input, *dhw);
             // Twice: what an earlier input left behind does not count.
             for _ in 0..2 {
-                assert_eq!(meter.measure(&input), wanted, "{dhw:?}");
-                assert_eq!(meter.measure_plain(&input), wanted, "{dhw:?}");
+                assert_eq!(meter.measure(&input, &alone), wanted, "{dhw:?}");
+                assert_eq!(meter.measure(&input, &threads), wanted, "{dhw:?}");
             }
+            let mut planes = vec![0; 3 * dhw[1] * dhw[2]];
+            assert_eq!(Texture(strip_sums_plain(&input, *dhw, 0..dhw[0], &mut planes)), wanted, "{dhw:?}");
             assert!(wanted.features(*dhw).iter().all(|f| f.is_finite()), "{dhw:?}");
         }
     }
@@ -211,7 +254,7 @@ mod tests {
         let dhw = [12, 40, 40];
         let input = values(12 * 40 * 40, 7);
         let area = 40 * 40;
-        let of = |input: &[f32]| TextureMeter::new(dhw).measure(input).features(dhw);
+        let of = |input: &[f32]| TextureMeter::new(dhw).measure(input, &alone).features(dhw);
         let plain = of(&input);
         // Thicker: each plane half of the next one.
         let thick: Vec<f32> = (0..input.len())

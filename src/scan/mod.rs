@@ -13,6 +13,7 @@ use std::path::Path;
 use rayon::prelude::*;
 
 use crate::model::manifest::Preprocessing;
+use crate::resample::alone;
 use crate::resample::cpu::{SlicesToGather, Window, gather_slices};
 use crate::resample::lung::{self, LungCheck, LungReport, SliceLung};
 use crate::resample::plan::{DepthPlan, InPlanePlan};
@@ -147,7 +148,7 @@ impl Scan {
         let planes = vec![None; hu.len()];
         let volume = SlicesToGather { hu: &hu, planes: &planes, shear_px: self.stack.shear_px.as_deref() };
         let mut out = vec![0.0; input_dhw.iter().product()];
-        gather_slices(&volume, plan, depth, window, &mut Vec::new(), &mut out);
+        gather_slices(&volume, plan, depth, window, &mut Vec::new(), &mut out, &alone);
         out
     }
 }

@@ -25,6 +25,7 @@ use super::{Dataset, TrainError, judge, write_atomic};
 use crate::model::synthetic::Stream;
 use crate::model::{CLASS_KEYS, Model};
 use crate::report::calibration::{CALIBRATION_SCHEMA, Calibration, MAX_FEATURES, OodReference, Threshold};
+use crate::resample::alone;
 use crate::resample::texture::TextureMeter;
 
 /// Bins of the expected calibration error.
@@ -59,7 +60,7 @@ impl Answers {
         let dhw = data.input_dhw();
         let mut meter = TextureMeter::new(dhw);
         judge::each(model, data, indices, threads, &mut |index, volume, inference| {
-            all.texture.push(meter.measure(volume).features(dhw).to_vec());
+            all.texture.push(meter.measure(volume, &alone).features(dhw).to_vec());
             all.logits.push(inference.logits.iter().map(|l| f64::from(*l)).collect());
             all.pooled.push(inference.pooled.clone());
             all.classes.push(data.class(index));

@@ -11,6 +11,7 @@ use darnet::gpu::Gpu;
 use darnet::model::Model;
 use darnet::model::manifest::{DepthGrid, SliceDirection};
 use darnet::pipeline::{Daemon, observer};
+use darnet::resample::alone;
 use darnet::resample::cpu::{Window, gather, in_plane};
 use darnet::resample::cuda::{DevicePlane, GpuGatherer, GpuResampler, MAX_PIXELS, STAGES};
 use darnet::resample::plan::{DepthPlan, InPlanePlan};
@@ -50,7 +51,7 @@ fn resampled_on(gpu: &Arc<Gpu>, order: &[usize], count: usize, out_hw: [usize; 2
     assert_eq!(resampler.available(), 0);
     let planes: Vec<DevicePlane> = planes.into_iter().map(|p| p.expect("every slice")).collect();
     let got = gatherer.gather_to_host(&depth, &planes.iter().collect::<Vec<_>>()).unwrap().expect("of this pool");
-    let texture = TextureMeter::new([32, out_hw[0], out_hw[1]]).measure(&got.values);
+    let texture = TextureMeter::new([32, out_hw[0], out_hw[1]]).measure(&got.values, &alone);
     assert_eq!(got.texture, texture, "sums of the device and of the processor");
     let got = got.values;
     let expected: Vec<Vec<f32>> = (0..count)

@@ -156,6 +156,22 @@ impl Place {
     }
 }
 
+/// Does `work` with each part of `values`, `len` elements long (the last may be shorter), on the pool's threads.
+///
+/// # Panics
+/// When `len` is 0, or with the panic of `work`.
+pub(super) fn share(values: &mut [f32], len: usize, pool: &Pool, work: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+    let total = values.len();
+    let place = Place(values.as_mut_ptr());
+    pool.run(total.div_ceil(len), &|item, _| {
+        let begin = item * len;
+        // SAFETY: `begin < total` for every item, the parts do not overlap, each item is done once, and `values` is
+        // exclusively borrowed until `run` returns.
+        let part = unsafe { std::slice::from_raw_parts_mut(place.at(begin), len.min(total - begin)) };
+        work(item, part);
+    });
+}
+
 /// An activation. It remembers which shape's border is zero in it.
 pub struct Tensor {
     data: Floats,

@@ -641,6 +641,10 @@ impl Session for CpuSession {
         self.prefix(&Context { pool: &shared.pool, kernels: &shared.kernels, cancel }, Some(ready))
     }
 
+    fn share(&self, values: &mut [f32], len: usize, work: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        arena::share(values, len, &self.shared.pool, work);
+    }
+
     fn reuse(&self) -> Reuse {
         self.reuse
     }
@@ -700,6 +704,29 @@ mod tests {
         input.fill(f32::MAX);
         let error = session.run(&input, &cancel, &mut out).unwrap_err();
         assert_eq!(error, EngineError::NotFinite);
+    }
+
+    #[test]
+    fn shared_work_has_each_part_once_and_its_panic_is_the_callers() {
+        for threads in [1, 2, 3] {
+            let backend =
+                CpuBackend::new(&model(), &EngineOptions { threads, ..EngineOptions::default() }, None).unwrap();
+            let session = backend.session().unwrap();
+            for (n, len) in [(0, 3), (1, 3), (9, 3), (1003, 10), (7, 100)] {
+                let mut values = vec![0.5f32; n];
+                session.share(&mut values, len, &|i, part| {
+                    assert!(part.len() == len || i == n / len);
+                    part.iter_mut().for_each(|v| *v += i as f32);
+                });
+                let expected: Vec<f32> = (0..n).map(|k| 0.5 + (k / len) as f32).collect();
+                assert_eq!(values, expected, "{n} by {len} on {threads} threads");
+            }
+            let mut values = vec![0.0f32; 40];
+            let panics = std::panic::AssertUnwindSafe(|| session.share(&mut values, 4, &|i, _| assert!(i != 5)));
+            assert!(std::panic::catch_unwind(panics).is_err());
+            session.share(&mut values, 4, &|_, part| part.fill(1.0));
+            assert!(values.iter().all(|v| *v == 1.0));
+        }
     }
 
     #[test]
