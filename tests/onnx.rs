@@ -1,6 +1,7 @@
 //! Exported models against the engine: `onnx.checker`, and the same outputs in ONNX Runtime.
 //!
-//! Tolerances: float32 logits, pooled vectors and feature maps 1e-3 * max(1, largest), scores 1e-4; float16 scores 2e-3.
+//! Tolerances: float32 logits, pooled vectors and feature maps 1e-3 * max(1, largest), scores 1e-4; float16 scores 2e-3,
+//! activation maps 1e-2 of their range.
 
 mod common;
 
@@ -10,8 +11,10 @@ use std::process::{Command, Stdio};
 
 use common::{darnet, python};
 use darnet::engine::{BackendKind, CancelToken, EngineOptions, Inference, prepare};
+use darnet::explain::class_activation_map;
 use darnet::model::onnx::{INPUT_NAME, OPSET, OUTPUT_NAMES, OnnxPrecision, export_file};
 use darnet::model::{Architecture, AttentionOrder, Model, synthetic};
+use darnet::pipeline::workers::predicted;
 use serde_json::{Value, json};
 
 /// A model, its file, what the engine says.
@@ -84,9 +87,9 @@ fn check(case: &Case, answer: &Value) {
     assert_eq!(answer["input"], json!([INPUT_NAME, "tensor(float)", [1, 1, id, ih, iw]]), "{name}");
     assert_eq!(answer["opset"], json!([["", OPSET]]), "{name}");
     // Of float16 only one step in 1024 is left at each of some 40 layers; the scores' bound is the design's.
-    let (relative, scores_within) = match case.precision {
-        OnnxPrecision::F32 => (1e-3, 1e-4),
-        OnnxPrecision::F16 => (1e-2, 2e-3),
+    let (relative, scores_within, map_within) = match case.precision {
+        OnnxPrecision::F32 => (1e-3, 1e-4, 1e-3),
+        OnnxPrecision::F16 => (1e-2, 2e-3, 1e-2),
     };
     let near = |index: usize, shape: &[usize], expected: &[f32], bound: f32| {
         let (got_shape, got) = output(answer, index);
@@ -100,6 +103,17 @@ fn check(case: &Case, answer: &Value) {
     near(1, &[1, classes], &e.scores, scores_within);
     near(2, &[1, c], &e.pooled, relative * max_abs(&e.pooled).max(1.0));
     near(3, &[1, c, d, h, w], &e.feature_map, relative * max_abs(&e.feature_map).max(1.0));
+
+    // The map of the predicted class, as a share of its range: what a float16 backend can give.
+    let class = predicted(&e.logits);
+    let map = |inference: &Inference| class_activation_map(inference, case.model.weights.head_weight(), class).values;
+    let expected = map(e);
+    let got = map(&Inference { feature_map: output(answer, 3).1, ..e.clone() });
+    let range = expected.iter().fold(f32::MIN, |m, v| m.max(*v)) - expected.iter().fold(f32::MAX, |m, v| m.min(*v));
+    // A map of one cell has no range; its feature map was compared above.
+    let share = if expected.len() > 1 { max_difference(&got, &expected) / range } else { 0.0 };
+    println!("{name}: the map differs by {share} of its range");
+    assert!(share <= map_within, "{name}: the map differs by {share} of its range, bound {map_within}");
 
     let metadata = &answer["metadata"];
     let manifest = &case.model.manifest;
