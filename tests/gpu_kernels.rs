@@ -4,7 +4,7 @@
 mod common;
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use darnet::gpu::Source;
@@ -96,20 +96,9 @@ struct Host {
 
 impl Host {
     fn build() -> Self {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("kernels");
-        let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
-        let output = Command::new(&compiler)
-            .args(["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-I"])
-            .arg(root.join("tests/gpu_host"))
-            .arg(format!("-DKERNELS=\"{}\"", root.join("src/resample/kernels.cu").display()))
-            .arg(root.join("tests/gpu_host/main.cpp"))
-            .arg("-o")
-            .arg(&program)
-            .output()
-            .unwrap_or_else(|error| panic!("a C++ compiler is missing ({error}): apt-get install g++"));
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        common::compile_gpu_host("main.cpp", &program, &[]);
         Self { program, _dir: dir }
     }
 

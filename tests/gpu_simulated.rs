@@ -9,8 +9,7 @@
 mod common;
 mod device_support;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
@@ -30,31 +29,10 @@ struct Simulated {
 
 static SIMULATED: LazyLock<Simulated> = LazyLock::new(|| {
     let dir = tempfile::tempdir().unwrap();
-    let host = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpu_host");
-    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/resample/kernels.cu");
     let built = |source: &str, name: &str| -> Library {
         let library = dir.path().join(name);
-        let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
-        let output = Command::new(&compiler)
-            .args([
-                "-std=c++17",
-                "-O2",
-                "-ffp-contract=off",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-                "-shared",
-                "-fPIC",
-                "-pthread",
-            ])
-            .arg(format!("-Wl,-soname,{name}"))
-            .arg(format!("-DKERNELS=\"{}\"", kernels.display()))
-            .arg(host.join(source))
-            .arg("-o")
-            .arg(&library)
-            .output()
-            .unwrap_or_else(|error| panic!("a C++ compiler is missing ({error}): apt-get install g++"));
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let soname = format!("-Wl,-soname,{name}");
+        common::compile_gpu_host(source, &library, &["-shared", "-fPIC", "-pthread", &soname]);
         // SAFETY: the library was just built and has no initialisers but those of C++.
         unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_GLOBAL) }.unwrap()
     };

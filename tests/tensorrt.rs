@@ -53,18 +53,10 @@ const HEADERS: [&str; 8] = [
 ];
 
 fn compile(source: &Path, includes: &[PathBuf], out: &Path, flags: &[&str]) {
-    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
     let includes = includes.iter().flat_map(|folder| [Path::new("-I"), folder]);
-    let compiled = Command::new(&compiler)
-        .args(["-std=c++17", "-w", "-O0"])
-        .args(includes)
-        .args(flags)
-        .arg(source)
-        .arg("-o")
-        .arg(out)
-        .output()
-        .unwrap_or_else(|e| panic!("{compiler}: {e}: apt-get install g++"));
-    assert!(compiled.status.success(), "{}: {}", source.display(), String::from_utf8_lossy(&compiled.stderr));
+    let own = ["-w", "-O0"].map(Path::new);
+    let last = [source, Path::new("-o"), out];
+    common::cxx(own.into_iter().chain(includes).chain(flags.iter().map(Path::new)).chain(last));
 }
 
 /// Compiles and runs `layout.cpp` with the headers `version` and the `layout.h` in `ours`: whether it agrees, its output.

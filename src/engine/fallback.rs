@@ -333,7 +333,7 @@ impl Session for FallbackSession {
     fn share(&self, values: &mut [f32], len: usize, work: &(dyn Fn(usize, &mut [f32]) + Sync)) {
         match self.active() {
             Some(session) => session.share(values, len, work),
-            None => values.chunks_mut(len).enumerate().for_each(|(i, part)| work(i, part)),
+            None => super::share_alone(values, len, work),
         }
     }
 

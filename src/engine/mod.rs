@@ -398,14 +398,19 @@ pub trait Session: Send {
     /// # Panics
     /// When `len` is 0, or with the panic of `work`.
     fn share(&self, values: &mut [f32], len: usize, work: &(dyn Fn(usize, &mut [f32]) + Sync)) {
-        for (i, part) in values.chunks_mut(len).enumerate() {
-            work(i, part);
-        }
+        share_alone(values, len, work);
     }
 
     /// How much the last [`run`](Self::run) took over from [`advance`](Self::advance).
     fn reuse(&self) -> Reuse {
         Reuse::default()
+    }
+}
+
+/// One part after the other, for [`Session::share`].
+fn share_alone(values: &mut [f32], len: usize, work: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+    for (i, part) in values.chunks_mut(len).enumerate() {
+        work(i, part);
     }
 }
 

@@ -23,7 +23,6 @@ use crate::pipeline::jobs::{
     Judged, ToInfer,
 };
 use crate::pipeline::planes::{PlanePool, SharedPlane, SlicePlane};
-use crate::resample::alone;
 use crate::resample::cpu::{SlicesToGather, Window, gather_plane, gather_slices, in_plane};
 use crate::resample::cuda::{DevicePlane, GpuResampler};
 use crate::resample::lung::{self, LungCheck, SliceLung};
@@ -335,14 +334,15 @@ impl Judge {
         let (inference, cam, gather_s, infer_s, cam_s) = loop {
             if !on_device {
                 self.gather(volume, &plan, &depth);
-                let session = self.session.as_ref();
-                texture = self.meter.measure(&self.input, &|values, len, work| session.share(values, len, work));
+                texture = self.measure();
             }
             let gather_s = started.elapsed().as_secs_f64();
             match self.infer(volume.cancel, on_device) {
                 Ok((inference, cam, infer_s, cam_s)) => {
                     if on_device {
                         let Some(measured) = self.device.texture() else {
+                            let detail = "the run is good and the texture of its input did not come back";
+                            events::DeviceResamplingFailed { detail }.emit();
                             on_device = false;
                             continue;
                         };
@@ -434,6 +434,12 @@ impl Judge {
         });
     }
 
+    /// The texture of `input`.
+    fn measure(&mut self) -> Texture {
+        let session = self.session.as_ref();
+        self.meter.measure(&self.input, &|values, len, work| session.share(values, len, work))
+    }
+
     /// Runs the network on `input` as it is: D x H x W in [0, 1].
     ///
     /// # Errors
@@ -441,7 +447,7 @@ impl Judge {
     pub fn judge_tensor(&mut self, input: &[f32]) -> Result<JudgedTensor, Refusal> {
         self.gathered = None;
         self.input.copy_from_slice(input);
-        let texture = self.meter.measure(&self.input, &alone).features(self.input_dhw);
+        let texture = self.measure().features(self.input_dhw);
         let (inference, cam, infer_s, cam_s) = self
             .infer(&CancelToken::new(), false)
             .map_err(|error| Refusal::new(Reason::Internal, format!("run the network: {error}")))?;

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::metrics::{Z_95, mean, mean_deviation};
 use super::plot::{COLOURS, Picture};
-use super::{Dataset, TrainError, judge, write_atomic};
+use super::{Dataset, TrainError, judge, write_results};
 use crate::explain::{Cam, class_activation_map};
 use crate::model::Model;
 
@@ -387,10 +387,7 @@ pub fn markdown(document: &CamDocument) -> String {
 /// # Errors
 /// A full disk.
 pub fn write(dir: &Path, document: &CamDocument) -> Result<(), TrainError> {
-    std::fs::create_dir_all(dir).map_err(|source| TrainError::Io { action: "create", path: dir.into(), source })?;
-    let json = serde_json::to_string_pretty(document).map_err(|e| TrainError::Data(e.to_string()))?;
-    write_atomic(&dir.join("cam.json"), json.as_bytes())?;
-    write_atomic(&dir.join("cam.md"), markdown(document).as_bytes())
+    write_results(dir, "cam", document, &markdown(document))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::calibrate::Answers;
 use super::cam::wilson;
-use super::{TrainError, write_atomic};
+use super::{TrainError, write_results};
 use crate::model::Model;
 use crate::report::calibration::Calibration;
 
@@ -125,10 +125,7 @@ pub fn markdown(document: &FlagsDocument) -> String {
 /// # Errors
 /// A full disk.
 pub fn write(dir: &Path, document: &FlagsDocument) -> Result<(), TrainError> {
-    std::fs::create_dir_all(dir).map_err(|source| TrainError::Io { action: "create", path: dir.into(), source })?;
-    let json = serde_json::to_string_pretty(document).map_err(|e| TrainError::Data(e.to_string()))?;
-    write_atomic(&dir.join("flags.json"), json.as_bytes())?;
-    write_atomic(&dir.join("flags.md"), markdown(document).as_bytes())
+    write_results(dir, "flags", document, &markdown(document))
 }
 
 #[cfg(test)]

@@ -295,6 +295,19 @@ pub(crate) fn folder_of(path: &std::path::Path) -> &std::path::Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."))
 }
 
+/// Writes `name.json` and `name.md` into `dir`, which is made where it is not.
+pub(crate) fn write_results(
+    dir: &std::path::Path,
+    name: &str,
+    document: &impl serde::Serialize,
+    markdown: &str,
+) -> Result<(), TrainError> {
+    std::fs::create_dir_all(dir).map_err(|source| TrainError::Io { action: "create", path: dir.into(), source })?;
+    let json = serde_json::to_string_pretty(document).map_err(|e| TrainError::Data(e.to_string()))?;
+    write_atomic(&dir.join(format!("{name}.json")), json.as_bytes())?;
+    write_atomic(&dir.join(format!("{name}.md")), markdown.as_bytes())
+}
+
 /// Writes a file that is either the old one or the new one, whole, whatever happens.
 pub(crate) fn write_atomic(path: &std::path::Path, bytes: &[u8]) -> Result<(), TrainError> {
     use std::io::Write;

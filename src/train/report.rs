@@ -12,7 +12,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::metrics::{self, Binary, Evaluation, Prediction, mean_deviation};
-use super::{TrainError, plot, write_atomic};
+use super::{TrainError, plot, write_atomic, write_results};
 
 /// Version of the JSON document.
 pub const REPORT_SCHEMA: &str = "darnet.evaluation/1";
@@ -319,11 +319,8 @@ pub fn csv(d: &Document) -> String {
 /// # Errors
 /// A full disk.
 pub fn write_document(dir: &Path, d: &Document) -> Result<(), TrainError> {
-    std::fs::create_dir_all(dir).map_err(|source| TrainError::Io { action: "create", path: dir.into(), source })?;
-    write_atomic(&dir.join("evaluation.md"), markdown(d).as_bytes())?;
-    write_atomic(&dir.join("evaluation.csv"), csv(d).as_bytes())?;
-    let json = serde_json::to_string_pretty(d).map_err(|e| TrainError::Data(e.to_string()))?;
-    write_atomic(&dir.join("evaluation.json"), json.as_bytes())
+    write_results(dir, "evaluation", d, &markdown(d))?;
+    write_atomic(&dir.join("evaluation.csv"), csv(d).as_bytes())
 }
 
 /// Writes `roc.png` (COVID-19 against the rest, one line a row, at most six) and `confusion.png` (all rows together).

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::calibrate::Answers;
 use super::plot::{self, Frame, Line, Picture};
-use super::{Dataset as _, MemoryCase, MemoryDataset, TrainError, write_atomic};
+use super::{Dataset as _, MemoryCase, MemoryDataset, TrainError, write_results};
 use crate::model::Model;
 use crate::phantom::{Phantom, PhantomClass, Ranges, Subject};
 use crate::report::calibration::Calibration;
@@ -348,10 +348,7 @@ pub fn markdown(document: &ShiftDocument) -> String {
 /// # Errors
 /// A full disk.
 pub fn write(dir: &Path, document: &ShiftDocument) -> Result<(), TrainError> {
-    std::fs::create_dir_all(dir).map_err(|source| TrainError::Io { action: "create", path: dir.into(), source })?;
-    let json = serde_json::to_string_pretty(document).map_err(|e| TrainError::Data(e.to_string()))?;
-    write_atomic(&dir.join("shift.json"), json.as_bytes())?;
-    write_atomic(&dir.join("shift.md"), markdown(document).as_bytes())?;
+    write_results(dir, "shift", document, &markdown(document))?;
     let mut picture = Picture::new(1040, 820);
     for (i, axis) in AXES.iter().enumerate() {
         let line = |name: &str, y: fn(&ShiftRow) -> Option<f64>| Line {

@@ -23,6 +23,27 @@ pub fn require(tool: &str, install: &str) -> PathBuf {
     panic!("{tool} is missing: {install}");
 }
 
+/// Runs the C++ compiler (`$CXX`, or `c++`); fails with its words.
+pub fn cxx<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) {
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+    let output = Command::new(&compiler)
+        .arg("-std=c++17")
+        .args(arguments)
+        .output()
+        .unwrap_or_else(|error| panic!("a C++ compiler is missing ({error}): apt-get install g++"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Compiles a file of `tests/gpu_host` with the resampling kernels in it, for the processor.
+pub fn compile_gpu_host(source: &str, out: &Path, flags: &[&str]) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let host = root.join("tests/gpu_host").display().to_string();
+    let kernels = format!("-DKERNELS=\"{}\"", root.join("src/resample/kernels.cu").display());
+    let (source, out) = (format!("{host}/{source}"), out.display().to_string());
+    let own = ["-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-I", &host, &kernels, &source, "-o", &out];
+    cxx(own.iter().chain(flags));
+}
+
 /// The Python with pydicom and pynetdicom.
 pub fn python() -> PathBuf {
     let python = std::env::var_os("DARNET_TEST_PYTHON")

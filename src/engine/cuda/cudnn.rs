@@ -369,7 +369,7 @@ fn extents(dhw: [usize; 3]) -> [i64; 3] {
     dhw.map(|n| n as i64)
 }
 
-/// A channels-last tensor `n x c x d x h x w`.
+/// A channels-last tensor `n x c x d x h x w` at a multiple of [`ALIGNMENT`].
 fn tensor(
     library: &Arc<Library>,
     uid: i64,
@@ -378,11 +378,24 @@ fn tensor(
     c: usize,
     dhw: [usize; 3],
 ) -> Result<Descriptor, CudnnError> {
+    tensor_at(library, uid, data_type, n, c, dhw, ALIGNMENT as i64)
+}
+
+/// The same at a multiple of `alignment` bytes.
+fn tensor_at(
+    library: &Arc<Library>,
+    uid: i64,
+    data_type: DataType,
+    n: usize,
+    c: usize,
+    dhw: [usize; 3],
+    alignment: i64,
+) -> Result<Descriptor, CudnnError> {
     let mut tensor = Descriptor::new(library, kind!(CUDNN_BACKEND_TENSOR_DESCRIPTOR))?;
     let ([d, h, w], n, c) = (extents(dhw), n as i64, c as i64);
     tensor.set(attribute!(CUDNN_ATTR_TENSOR_UNIQUE_ID), &[uid])?;
     tensor.set(attribute!(CUDNN_ATTR_TENSOR_DATA_TYPE), &[data_type])?;
-    tensor.set(attribute!(CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT), &[ALIGNMENT as i64])?;
+    tensor.set(attribute!(CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT), &[alignment])?;
     tensor.set(attribute!(CUDNN_ATTR_TENSOR_DIMENSIONS), &[n, c, d, h, w])?;
     tensor.set(attribute!(CUDNN_ATTR_TENSOR_STRIDES), &[d * h * w * c, 1, h * w * c, w * c, c])?;
     if uid >= uid::BETWEEN {

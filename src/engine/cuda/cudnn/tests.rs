@@ -242,19 +242,9 @@ enum Pass {
 fn proposed(target: &Target<'_>, spec: &ConvSpec, pass: Pass, alignment: i64) -> Result<Vec<Vec<u32>>, CudnnError> {
     const BF16: DataType = Enumerated(sys::cudnnDataType_t::CUDNN_DATA_BFLOAT16 as u32);
     let library = target.library();
-    let aligned = |uid: i64, n: usize, c: usize, dhw: [usize; 3], alignment: i64| {
-        let mut tensor = Descriptor::new(library, kind!(CUDNN_BACKEND_TENSOR_DESCRIPTOR))?;
-        let ([d, h, w], n, c) = (extents(dhw), n as i64, c as i64);
-        tensor.set(attribute!(CUDNN_ATTR_TENSOR_UNIQUE_ID), &[uid])?;
-        tensor.set(attribute!(CUDNN_ATTR_TENSOR_DATA_TYPE), &[BF16])?;
-        tensor.set(attribute!(CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT), &[alignment])?;
-        tensor.set(attribute!(CUDNN_ATTR_TENSOR_DIMENSIONS), &[n, c, d, h, w])?;
-        tensor.set(attribute!(CUDNN_ATTR_TENSOR_STRIDES), &[d * h * w * c, 1, h * w * c, w * c, c])?;
-        tensor.finalize()
-    };
-    let x = aligned(uid::X, 1, spec.c_in, spec.input_dhw, 512)?;
-    let w = aligned(uid::W, spec.c_out, spec.c_in, spec.kernel_dhw, alignment)?;
-    let y = aligned(uid::Y, 1, spec.c_out, spec.output_dhw(), 512)?;
+    let x = tensor_at(library, uid::X, BF16, 1, spec.c_in, spec.input_dhw, 512)?;
+    let w = tensor_at(library, uid::W, BF16, spec.c_out, spec.c_in, spec.kernel_dhw, alignment)?;
+    let y = tensor_at(library, uid::Y, BF16, 1, spec.c_out, spec.output_dhw(), 512)?;
     let how = convolution_descriptor(library, spec)?;
     let (kind, [conv, of_x, of_w, of_y, alpha, beta]) = match pass {
         Pass::Forward => (
